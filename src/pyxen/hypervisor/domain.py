@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``struct domain``: what the hypervisor knows of a virtual machine (Xen: xen/include/xen/sched.h, xen/common/domain.c).
+
+Life cycle (flags as in Xen): created paused (one controller pause) -> running -> shut down (``shutdown_code`` set, vCPUs
+paused, VIRQ_DOM_EXC sent to dom0) -> dying -> dead.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from pyxen.abi.xen import DomId
+from pyxen.hypervisor.lock import TicketLock
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.event_channel import EventChannels
+    from pyxen.hypervisor.grant_table import GrantTable
+    from pyxen.hypervisor.hypervisor import Hypervisor
+    from pyxen.hypervisor.vcpu import Vcpu
+    from pyxen.hypervisor.x86.pv.domain import PvDomain
+
+
+class Dying(IntEnum):
+    """``enum domain_dying``."""
+
+    ALIVE = 0
+    DYING = 1
+    DEAD = 2
+
+
+class ShutdownCode(IntEnum):
+    """``SHUTDOWN_*`` (xen/include/public/sched.h)."""
+
+    POWEROFF = 0
+    REBOOT = 1
+    SUSPEND = 2
+    CRASH = 3
+    WATCHDOG = 4
+    SOFT_RESET = 5
+
+
+class Domain:
+    """One domain. ``lock`` guards life cycle and vcpu list; page state is under ``page_lock``."""
+
+    def __init__(self, hypervisor: Hypervisor, domid: DomId, *, max_vcpus: int, handle: bytes, privileged: bool = False) -> None:
+        self.hypervisor = hypervisor
+        self.domid = domid
+        self.handle = handle
+        self.is_privileged = privileged
+        self.max_vcpus = max_vcpus
+        self.vcpus: list[Vcpu] = []
+        self.lock = TicketLock("domain life cycle")
+        self.page_lock = TicketLock("page counts, types and owners of this domain's frames")
+        # Life cycle
+        self.pause_count = 0
+        self.controller_pause_count = 0
+        self.is_shutting_down = False
+        self.is_shut_down = False
+        self.shutdown_code: int = -1
+        self.dying = Dying.ALIVE
+        self.crash_reason = ""
+        # Memory accounting (frames)
+        self.tot_pages = 0
+        self.max_pages = 0
+        self.outstanding_refs = 0
+        self.shared_info_mfn = 0
+        self.vm_assist = 0
+        # Mechanisms (set by create)
+        self.evtchn: EventChannels
+        self.grant_table: GrantTable
+        self.pv: PvDomain
+        # Scheduler's private data and its parameters
+        self.sched_data: object = None
+        self.cpupool = 0
+        # Counters
+        self.hypercall_counts = [0] * 64
+        self.counters: dict[str, int] = {}
+
+    @property
+    def is_paused(self) -> bool:
+        return self.pause_count > 0
+
+    def __repr__(self) -> str:
+        return f"d{self.domid}"
