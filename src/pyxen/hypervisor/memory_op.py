@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""HYPERVISOR_memory_op (Xen: xen/common/memory.c, xen/arch/x86/mm.c arch_memory_op, x86_64/mm.c).
+
+Extent loops return how many extents were done, as Xen's do; a continuation carries that number in the command's upper bits.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING, Final
+
+from pyxen.abi import memory as abi
+from pyxen.abi.arch_x86 import MACH2PHYS_VIRT_START
+from pyxen.abi.memory import Xenmem
+from pyxen.abi.xen import DOMID_SELF, MASK64, DomId
+from pyxen.errors import XenError
+from pyxen.hypervisor.hypercall import Preempted, should_preempt
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.hypercall import Caller
+
+_MAX_ORDER_GUEST: Final = 9
+_MAX_ORDER_CONTROL: Final = 20
+_CHUNK: Final = 256
+
+
+def do_memory_op(caller: Caller, command: int, arg: int) -> int:
+    """HYPERVISOR_memory_op(cmd, arg)."""
+    start = (command & 0xFFFFFFFF) >> abi.MEMOP_EXTENT_SHIFT
+    operation = command & abi.MEMOP_CMD_MASK
+    if operation in (Xenmem.INCREASE_RESERVATION, Xenmem.DECREASE_RESERVATION, Xenmem.POPULATE_PHYSMAP):
+        return _reservation(caller, operation, start, arg)
+    if start:
+        raise XenError(errno.EINVAL)  # no other operation here is ever continued
+    handler = _OPERATIONS.get(operation)
+    if handler is None:
+        raise XenError(errno.ENOSYS)
+    return handler(caller, arg)
+
+
+def _target(caller: Caller, domid: int) -> Domain:
+    return caller.domain.hypervisor.domain(DomId(domid), caller.domain)
+
+
+def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
+    extents, count, order, _flags, domid = abi.RESERVATION.unpack(caller.read(arg, abi.RESERVATION.size))
+    if count > (MASK64 >> 1) // 8 or start > count:
+        return start
+    current = caller.domain
+    domain = _target(caller, domid)
+    hypervisor = current.hypervisor
+    hypervisor.xsm.memory_adjust_reservation(current, domain)
+    if order > (_MAX_ORDER_CONTROL if current.is_privileged else _MAX_ORDER_GUEST):
+        return start
+    if count > 1 << 32:
+        return start
+    frames = hypervisor.frames
+    done = start
+    size = 1 << order
+    while done < count:
+        batch = min(count - done, _CHUNK)
+        try:
+            data = caller.read(extents + done * 8, batch * 8) if extents else b""
+        except XenError:
+            if batch == 1:
+                return done
+            batch = 1
+            try:
+                data = caller.read(extents + done * 8, 8)
+            except XenError:
+                return done
+        values = struct.unpack(f"<{batch}Q", data) if extents else (0,) * batch
+        for value in values:
+            if operation == Xenmem.DECREASE_RESERVATION:
+                for mfn in range(value, value + size):
+                    if not frames.guest_remove_page(mfn, domain):
+                        return done
+            else:
+                try:
+                    first = frames.alloc_domheap(domain, order)
+                except XenError:
+                    return done
+                if operation == Xenmem.POPULATE_PHYSMAP:
+                    for i in range(size):
+                        frames.set_gpfn(first + i, value + i)
+                if extents:
+                    caller.write_u64(extents + done * 8, first)
+            done += 1
+        if done < count and should_preempt(caller):
+            raise Preempted((operation | done << abi.MEMOP_EXTENT_SHIFT, arg))
+    return done
+
+
+def _maximum_ram_page(caller: Caller, arg: int) -> int:
+    return int(caller.domain.hypervisor.memory.nr_frames - 1)
+
+
+def _statistics(caller: Caller, arg: int) -> Domain:
+    (domid,) = struct.unpack("<H", caller.read(arg, 2))
+    domain = _target(caller, domid)
+    caller.domain.hypervisor.xsm.memory_stat_reservation(caller.domain, domain)
+    return domain
+
+
+def _current_reservation(caller: Caller, arg: int) -> int:
+    return _statistics(caller, arg).tot_pages
+
+
+def _maximum_reservation(caller: Caller, arg: int) -> int:
+    return _statistics(caller, arg).max_pages
+
+
+def _maximum_gpfn(caller: Caller, arg: int) -> int:
+    domain = _statistics(caller, arg)
+    max_pfn: int = domain.hypervisor.memory.q[(domain.shared_info_mfn << 9) + (3088 >> 3)]
+    return max_pfn - 1 if max_pfn else 0
+
+
+def _machphys_mfn_list(caller: Caller, arg: int) -> int:
+    """First machine frame of each 2 MiB of the M2P table; zero where the table's frames are not there."""
+    limit, out, _ = abi.MFN_LIST.unpack(caller.read(arg, abi.MFN_LIST.size))
+    frames = caller.domain.hypervisor.frames.m2p_frames
+    firsts = frames[::512][: min(limit, 1 << 16)]
+    caller.write(out, struct.pack(f"<{len(firsts)}Q", *firsts))
+    caller.write(arg, abi.MFN_LIST.pack(limit, out, len(firsts)))
+    return 0
+
+
+def _machphys_mapping(caller: Caller, arg: int) -> int:
+    hypervisor = caller.domain.hypervisor
+    end = MACH2PHYS_VIRT_START + len(hypervisor.frames.m2p_frames) * 4096
+    caller.write(arg, abi.MACHPHYS_MAPPING.pack(MACH2PHYS_VIRT_START, end, hypervisor.memory.nr_frames - 1))
+    return 0
+
+
+def _memory_map(caller: Caller, arg: int) -> int:
+    """XENMEM_memory_map: the map the toolstack set; ENOSYS if it set none."""
+    entries = caller.domain.pv.memory_map
+    if not entries:
+        raise XenError(errno.ENOSYS)
+    limit, buffer = abi.MEMORY_MAP.unpack(caller.read(arg, abi.MEMORY_MAP.size))
+    count = min(limit, len(entries))
+    caller.write(buffer, b"".join(abi.E820ENTRY.pack(*entry) for entry in entries[:count]))
+    caller.write(arg, abi.MEMORY_MAP.pack(count, buffer))
+    return 0
+
+
+def _set_memory_map(caller: Caller, arg: int) -> int:
+    domid, count, buffer = abi.FOREIGN_MEMORY_MAP.unpack(caller.read(arg, abi.FOREIGN_MEMORY_MAP.size))
+    if count > abi.E820_MAX:
+        raise XenError(errno.EINVAL)
+    domain = _target(caller, domid)
+    caller.domain.hypervisor.xsm.domain_memory_map(caller.domain, domain)
+    data = caller.read(buffer, count * abi.E820ENTRY.size)
+    domain.pv.memory_map = [(a, s, t) for a, s, t in abi.E820ENTRY.iter_unpack(data)]
+    return 0
+
+
+def _machine_memory_map(caller: Caller, arg: int) -> int:
+    hypervisor = caller.domain.hypervisor
+    hypervisor.xsm.machine_memory_map(caller.domain)
+    limit, buffer = abi.MEMORY_MAP.unpack(caller.read(arg, abi.MEMORY_MAP.size))
+    if limit < 1:
+        raise XenError(errno.EINVAL)
+    caller.write(buffer, abi.E820ENTRY.pack(0, hypervisor.memory.size_bytes, abi.E820_RAM))
+    caller.write(arg, abi.MEMORY_MAP.pack(1, buffer))
+    return 0
+
+
+def _add_to_physmap(caller: Caller, arg: int) -> int:
+    """Only translated domains have a physmap to add to: a PV domain gets EACCES, as in Xen 4.6."""
+    (domid,) = struct.unpack("<H", caller.read(arg, 2))
+    domain = _target(caller, domid)
+    caller.domain.hypervisor.xsm.add_to_physmap(caller.domain, domain)
+    raise XenError(errno.EACCES)
+
+
+def _remove_from_physmap(caller: Caller, arg: int) -> int:
+    domid, gpfn = struct.unpack("<H6xQ", caller.read(arg, 16))
+    domain = _target(caller, domid)
+    hypervisor = caller.domain.hypervisor
+    hypervisor.xsm.remove_from_physmap(caller.domain, domain)
+    # guest_physmap_remove_page of an untranslated domain has nothing to do, but the frame must be the domain's
+    if not hypervisor.frames.get_page(gpfn, domain):
+        raise XenError(errno.ENOENT)
+    hypervisor.frames.put_page(gpfn)
+    return 0
+
+
+def _exchange(caller: Caller, arg: int) -> int:
+    """XENMEM_exchange: give frames, get as many others, in other orders if wanted. All or nothing for each chunk."""
+    (in_list, in_count, in_order, _in_flags, in_domid,
+     out_list, out_count, out_order, _out_flags, out_domid, done) = abi.EXCHANGE.unpack(
+        caller.read(arg, abi.EXCHANGE.size))
+    hypervisor = caller.domain.hypervisor
+    limit = _MAX_ORDER_CONTROL if caller.domain.is_privileged else _MAX_ORDER_GUEST
+    if max(in_order, out_order) > limit:
+        raise XenError(errno.EPERM)
+    if in_domid != out_domid or in_count << in_order != out_count << out_order or done > in_count or in_count > 1 << 32:
+        raise XenError(errno.EINVAL)
+    domain = _target(caller, in_domid)
+    hypervisor.xsm.memory_exchange(caller.domain, domain)
+    frames = hypervisor.frames
+    if in_order <= out_order:
+        in_chunk, out_chunk = 1 << (out_order - in_order), 1
+    else:
+        in_chunk, out_chunk = 1, 1 << (in_order - out_order)
+    while done < in_count:
+        if should_preempt(caller):
+            caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
+            raise Preempted((Xenmem.EXCHANGE, arg))
+        gmfns = struct.unpack(f"<{in_chunk}Q", caller.read(in_list + done * 8, in_chunk * 8))
+        first_out = (done << in_order) >> out_order
+        gpfns = struct.unpack(f"<{out_chunk}Q", caller.read(out_list + first_out * 8, out_chunk * 8))
+        given = [base + i for base in gmfns for i in range(1 << in_order)]
+        try:
+            got = frames.exchange(domain, given, out_chunk, out_order)
+        except XenError:
+            caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
+            raise
+        for gpfn, mfn in zip(gpfns, got, strict=True):
+            for i in range(1 << out_order):
+                frames.set_gpfn(mfn + i, gpfn + i)
+        caller.write(out_list + first_out * 8, struct.pack(f"<{out_chunk}Q", *got))
+        done += in_chunk
+    caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
+    return 0
+
+
+def _claim_pages(caller: Caller, arg: int) -> int:
+    """XENMEM_claim_pages: accepted when the memory is there now (nothing else allocates while a domain is built)."""
+    _, count, order, _flags, domid = abi.RESERVATION.unpack(caller.read(arg, abi.RESERVATION.size))
+    current = caller.domain
+    current.hypervisor.xsm.claim_pages(current)
+    if order or domid == DOMID_SELF:
+        raise XenError(errno.EINVAL)
+    domain = _target(caller, domid)
+    if count > current.hypervisor.allocator.free_frames + domain.tot_pages:
+        raise XenError(errno.ENOMEM)
+    return 0
+
+
+def _pod(caller: Caller, arg: int) -> int:
+    raise XenError(errno.EINVAL)  # populate on demand is of HVM domains
+
+
+def _get_vnumainfo(caller: Caller, arg: int) -> int:
+    raise XenError(errno.EOPNOTSUPP)  # no domain has a virtual NUMA topology
+
+
+_OPERATIONS = {
+    Xenmem.MAXIMUM_RAM_PAGE: _maximum_ram_page,
+    Xenmem.CURRENT_RESERVATION: _current_reservation,
+    Xenmem.MAXIMUM_RESERVATION: _maximum_reservation,
+    Xenmem.MAXIMUM_GPFN: _maximum_gpfn,
+    Xenmem.MACHPHYS_MFN_LIST: _machphys_mfn_list,
+    Xenmem.MACHPHYS_MAPPING: _machphys_mapping,
+    Xenmem.MEMORY_MAP: _memory_map,
+    Xenmem.SET_MEMORY_MAP: _set_memory_map,
+    Xenmem.MACHINE_MEMORY_MAP: _machine_memory_map,
+    Xenmem.ADD_TO_PHYSMAP: _add_to_physmap,
+    Xenmem.REMOVE_FROM_PHYSMAP: _remove_from_physmap,
+    Xenmem.EXCHANGE: _exchange,
+    Xenmem.CLAIM_PAGES: _claim_pages,
+    Xenmem.SET_POD_TARGET: _pod,
+    Xenmem.GET_POD_TARGET: _pod,
+    Xenmem.GET_VNUMAINFO: _get_vnumainfo,
+}

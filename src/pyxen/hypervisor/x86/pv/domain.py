@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``struct pv_domain``: what makes a domain a PV one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pyxen.hypervisor.x86.cpuid import CpuidPolicy
+from pyxen.hypervisor.x86.pv.slots import PerDomain
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.x86.pv.slots import XenSlots
+
+PvMode = Literal["exact", "fast"]
+
+
+class PvDomain:
+    """PV state of a domain.
+
+    ``mode`` is how the guest kernel runs: ``exact`` at CPL 3 with a page-table root each for kernel and user, as Xen on x86-64;
+    ``fast`` at CPL 1, where a switch between kernel and user needs no new root.
+    """
+
+    def __init__(self, domain: Domain, slots: XenSlots, mode: PvMode) -> None:
+        self.domain = domain
+        self.mode: PvMode = mode
+        self.area = PerDomain(slots, mode, max(domain.max_vcpus, 1))
+        self.cpuid = CpuidPolicy()
+        self.memory_map: list[tuple[int, int, int]] = []
+        """E820 entries (address, size, type) set by the toolstack (XENMEM_set_memory_map)."""
+
+    def install_xen_slots(self, l4_mfn: int, domain: Domain | None = None) -> None:
+        """Put Xen's sixteen entries into a validated L4."""
+        self.area.install(l4_mfn)
+
+    def release(self) -> None:
+        """Free the per-domain area; the domain has no page tables left."""
+        self.area.release()

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``struct pv_vcpu``: a PV vCPU's state, its view of memory, and how control enters its kernel.
+
+Control enters the guest kernel by a *bounce frame* on its stack (create_bounce_frame in xen/arch/x86/x86_64/entry.S), whatever the
+reason: fault, software interrupt, system call, event.  Everything here runs on the thread of the engine that has the vCPU
+loaded, except guest access to a vCPU that is not running.
+
+Guest memory is reached through the guest's own page tables with a small translation cache; it obeys the rules of a TLB:
+it is dropped whenever the guest or the hypervisor flushes, and a frame that changes hands flushes first.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final
+
+from pyxen.abi.arch_x86 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
+from pyxen.abi.xen import MASK64
+from pyxen.errors import GuestAccessError, GuestFault
+from pyxen.hypervisor.x86.pv.descriptors import FLAT_KERNEL_CS, FLAT_KERNEL_SS
+from pyxen.hypervisor.x86.pv.walk import guest_walk
+from pyxen.machine.cpu.base import R11, RCX, RSP, Seg
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.vcpu import Vcpu
+    from pyxen.hypervisor.x86.pv.traps import PvTraps
+    from pyxen.machine.cpu.base import Cpu
+
+_FRAME: Final = struct.Struct("<7Q")
+_FRAME_ERROR: Final = struct.Struct("<8Q")
+_U32: Final = struct.Struct("<I")
+_U64: Final = struct.Struct("<Q")
+
+EFLAGS_IF: Final = 0x200
+EFLAGS_IOPL: Final = 0x3000
+CLEARED_ON_ENTRY: Final = 0x100 | 0x4000 | 0x10000 | 0x20000  # TF, NT, RF, VM
+CANONICAL_LOW: Final = 1 << 47
+
+_CS: Final = int(Seg.CS)
+_SS: Final = int(Seg.SS)
+_CODE64: Final = 0xAFFB00
+_DATA: Final = 0xCFF300
+
+
+class PvVcpu:
+    """PV part of a vCPU. It is also the *caller* of its hypercalls (see hypervisor.hypercall.Caller)."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu: Vcpu = vcpu
+        self.domain: Domain = vcpu.domain
+        hypervisor = vcpu.domain.hypervisor
+        self.hypervisor = hypervisor
+        self.memory = hypervisor.memory
+        self.bytes = hypervisor.memory.b
+        self.exact = vcpu.domain.pv.mode == "exact"
+        self.cpu: Cpu | None = None
+        self.traps: PvTraps
+        self.preempt_at = 0
+        # Modes and roots
+        self.kernel_mode = True
+        self.guest_table = 0
+        self.guest_table_user = 0
+        self.root_loaded = 0
+        # Entry points
+        self.trap_table: list[tuple[int, int, int] | None] = [None] * 256
+        self.event_callback = 0
+        self.failsafe_callback = 0
+        self.syscall_callback = 0
+        self.syscall32_callback = 0
+        self.sysenter_callback = 0
+        self.nmi_callback = 0
+        self.failsafe_masks_events = False
+        self.syscall_masks_events = False
+        self.kernel_sp = 0
+        self.kernel_ss = FLAT_KERNEL_SS
+        # Registers that the engine does not hold
+        self.gs_base_kernel = 0
+        self.gs_base_user = 0
+        self.gs_sel_user = 0
+        self.iopl = 0
+        self.iobmp = 0
+        self.iobmp_limit = 0
+        self.cr0_ts = False
+        self.guest_cr4 = 0x620
+        self.debugreg = [0] * 8
+        # Descriptor tables
+        self.gdt_frames: list[int] = []
+        self.gdt_ents = 0
+        self.ldt_base = 0
+        self.ldt_ents = 0
+        self.ldt_frames: dict[int, int] = {}
+        self.flat_code: set[int] = {FLAT_KERNEL_CS}
+        """Code selectors known to name a flat 64-bit segment of DPL 3 in the current GDT."""
+        self.user_segments: dict[tuple[int, int], tuple[int, int]] = {}
+        self._read_cache: dict[int, int] = {}
+        self._write_cache: dict[int, int] = {}
+
+    # --- translation -------------------------------------------------------------------------
+
+    def flush_tlb(self) -> None:
+        """Forget every translation of this vCPU, here and in the engine that has it loaded."""
+        self._read_cache.clear()
+        self._write_cache.clear()
+        cpu = self.cpu
+        if cpu is not None and cpu.loaded is self.vcpu.context:
+            self.hypervisor.on_engine(self.vcpu, cpu.flush_tlb)
+
+    def flush_tlb_page(self, va: int) -> None:
+        """Forget the translation of one linear address."""
+        self._read_cache.pop(va >> 12, None)
+        self._write_cache.pop(va >> 12, None)
+        cpu = self.cpu
+        if cpu is not None and cpu.loaded is self.vcpu.context:
+            self.hypervisor.on_engine(self.vcpu, lambda: cpu.flush_tlb_page(va))
+
+    def new_cr3(self) -> None:
+        """guest_table or guest_table_user changed: load the root of the current mode."""
+        self._read_cache.clear()
+        self._write_cache.clear()
+        cpu = self.cpu
+        if cpu is not None and cpu.loaded is self.vcpu.context:
+            root = self.guest_table if self.kernel_mode or self._shares_root() else self.guest_table_user
+            self.root_loaded = root
+            cpu.set_cr3(root << 12)
+
+    def _shares_root(self) -> bool:
+        """Fast mode: may user mode run on the kernel's root? Yes if the user half of both L4s is the same."""
+        if self.exact:
+            return False
+        data = self.bytes
+        kernel, user = self.guest_table << 12, self.guest_table_user << 12
+        return bytes(data[kernel : kernel + 2048]) == bytes(data[user : user + 2048])
+
+    def _page(self, va: int, write: bool) -> int:
+        """Machine address of the page that holds ``va``, by the current mode's tables; fills the cache."""
+        page = va >> 12
+        if not CANONICAL_LOW <= va < HYPERVISOR_VIRT_END and va <= MASK64:
+            table = self.guest_table if self.kernel_mode else self.guest_table_user
+            found = guest_walk(self.memory, table, va, write)
+            if found is not None:
+                maddr = found & ~0xFFF
+                if self.kernel_mode:
+                    (self._write_cache if write else self._read_cache)[page] = maddr
+                return maddr
+        raise GuestAccessError(va)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Copy from guest memory as a kernel access of the current mode. Raises GuestAccessError."""
+        offset = address & 0xFFF
+        if offset + size <= 4096:
+            base = self._read_cache.get(address >> 12) if self.kernel_mode else None
+            if base is None:
+                base = self._page(address, False)
+            at = base + offset
+            return bytes(self.bytes[at : at + size])
+        parts = []
+        while size > 0:
+            count = min(size, 4096 - (address & 0xFFF))
+            parts.append(self.read(address, count))
+            address += count
+            size -= count
+        return b"".join(parts)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Copy to guest memory. Raises GuestAccessError; bytes before the bad page are then written."""
+        offset = address & 0xFFF
+        size = len(data)
+        if offset + size <= 4096:
+            base = self._write_cache.get(address >> 12) if self.kernel_mode else None
+            if base is None:
+                base = self._page(address, True)
+            at = base + offset
+            self.bytes[at : at + size] = data
+            return
+        done = 0
+        while done < size:
+            count = min(size - done, 4096 - (address & 0xFFF))
+            self.write(address, data[done : done + count])
+            address += count
+            done += count
+
+    def read_u32(self, address: int) -> int:
+        """A 32-bit word of guest memory."""
+        return int(_U32.unpack(self.read(address, 4))[0])
+
+    def read_u64(self, address: int) -> int:
+        """A 64-bit word of guest memory."""
+        return int(_U64.unpack(self.read(address, 8))[0])
+
+    def write_u32(self, address: int, value: int) -> None:
+        """Store a 32-bit word."""
+        self.write(address, _U32.pack(value))
+
+    def write_u64(self, address: int, value: int) -> None:
+        """Store a 64-bit word."""
+        self.write(address, _U64.pack(value))
+
+    @staticmethod
+    def guest_address_ok(address: int, size: int = 1) -> bool:
+        """access_ok: the range is canonical and outside Xen's own part of the address space."""
+        end = address + size
+        return end <= CANONICAL_LOW or (address >= HYPERVISOR_VIRT_END and end <= MASK64 + 1)
+
+    # --- modes -------------------------------------------------------------------------------
+
+    def to_kernel(self, cpu: Cpu) -> None:
+        """toggle_guest_mode(), user to kernel: SWAPGS, and the kernel's root."""
+        self.gs_base_user = cpu.gs_base
+        cpu.gs_base = self.gs_base_kernel
+        self.kernel_mode = True
+        root = self.guest_table
+        if self.exact:
+            cpu.set_cr3(root << 12)
+            return
+        cpu.set_cpl(1)
+        if self.root_loaded != root:
+            self.root_loaded = root
+            cpu.set_cr3(root << 12)
+
+    def to_user(self, cpu: Cpu) -> None:
+        """toggle_guest_mode(), kernel to user."""
+        self.gs_base_kernel = cpu.gs_base
+        cpu.gs_base = self.gs_base_user
+        self.kernel_mode = False
+        if self.exact:
+            cpu.set_cr3(self.guest_table_user << 12)
+            return
+        cpu.set_cpl(3)
+        if not self._shares_root():
+            self.root_loaded = self.guest_table_user
+            cpu.set_cr3(self.guest_table_user << 12)
+
+    # --- entry into the guest kernel ------------------------------------------------------------
+
+    def bounce(self, address: int, rip: int, flags: int, error: int | None, mask_events: bool) -> int:
+        """create_bounce_frame: build the frame and return the address to continue at.
+
+        ``rip`` and ``flags`` are what the guest interrupted; raises GuestFault when its kernel stack cannot take the frame.
+        """
+        cpu = self.cpu
+        assert cpu is not None
+        gpr = cpu.gpr
+        sp = gpr[RSP]
+        cs = cpu.selector(_CS)
+        ss = cpu.selector(_SS)
+        if self.kernel_mode:
+            stack = sp & ~0xF
+            pushed_cs = cs & 0xFFFC
+        else:
+            self.to_kernel(cpu)
+            stack = self.kernel_sp & ~0xF
+            pushed_cs = cs
+        if HYPERVISOR_VIRT_START <= stack < HYPERVISOR_VIRT_END + 64:
+            raise GuestFault(f"guest kernel stack {stack:#x} lies in Xen's own address range")
+        if not address:
+            raise GuestFault(f"no handler for the trap at rip {rip:#x}")
+        data = self.bytes
+        mask_at = self.vcpu.info_maddr + 1
+        masked = data[mask_at]
+        saved = (flags & ~(EFLAGS_IF | EFLAGS_IOPL)) | (0 if masked else EFLAGS_IF)
+        if mask_events:
+            data[mask_at] = 1
+        pushed_cs |= (1 if masked else 0) << 32
+        if error is None:
+            stack -= 56
+            frame = _FRAME.pack(gpr[RCX], gpr[R11], rip, pushed_cs, saved, sp, ss)
+        else:
+            stack -= 64
+            frame = _FRAME_ERROR.pack(gpr[RCX], gpr[R11], error, rip, pushed_cs, saved, sp, ss)
+        stack &= MASK64
+        try:
+            base = self._write_cache.get(stack >> 12)
+            offset = stack & 0xFFF
+            if base is None or offset > 4032:
+                self.write(stack, frame)
+            else:
+                at = base + offset
+                data[at : at + len(frame)] = frame
+        except GuestAccessError as fault:
+            raise GuestFault(f"guest kernel stack {stack:#x} is not writable (trap at rip {rip:#x})") from fault
+        gpr[RSP] = stack
+        if cs not in self.flat_code:
+            cpu.load_segment(_CS, FLAT_KERNEL_CS, 0, 0xFFFFFFFF, _CODE64)
+            cpu.load_segment(_SS, FLAT_KERNEL_SS, 0, 0xFFFFFFFF, _DATA)
+            cpu.set_cpl(3 if self.exact else 1)
+        else:
+            if cs != FLAT_KERNEL_CS:
+                cpu.set_selector(_CS, FLAT_KERNEL_CS)
+            if ss != FLAT_KERNEL_SS:
+                cpu.set_selector(_SS, FLAT_KERNEL_SS)
+        if flags & CLEARED_ON_ENTRY:
+            cpu.flags = flags & ~CLEARED_ON_ENTRY
+        return address
+
+    def inject(self, vector: int, error: int | None, rip: int) -> int:
+        """Deliver a trap through the guest's trap table (do_guest_trap)."""
+        cpu = self.cpu
+        assert cpu is not None
+        entry = self.trap_table[vector]
+        if entry is None:
+            raise GuestFault(f"unhandled trap {vector} error {error or 0:#x} at rip {rip:#x}")
+        flags, _cs, address = entry
+        return self.bounce(address, rip, cpu.flags, error, bool(flags & 4))
+
+    def inject_page_fault(self, va: int, error: int, rip: int) -> int:
+        """Deliver #PF: CR2 goes to vcpu_info, the user bit says which guest mode faulted."""
+        error = error & ~4 | (0 if self.kernel_mode else 4)
+        self.memory.q[(self.vcpu.info_maddr + 16) >> 3] = va
+        return self.inject(14, error, rip)
+
+    def event_pending(self) -> bool:
+        """An event is pending and not masked."""
+        at = self.vcpu.info_maddr
+        data = self.bytes
+        return bool(data[at]) and not data[at + 1]
+
+    def deliver_event(self, rip: int) -> int:
+        """Enter the event callback if an event is pending and unmasked; returns where to continue."""
+        at = self.vcpu.info_maddr
+        data = self.bytes
+        if data[at] and not data[at + 1] and self.event_callback:
+            cpu = self.cpu
+            assert cpu is not None
+            return self.bounce(self.event_callback, rip, cpu.flags, None, True)
+        return rip
+
+    def before_entry(self, cpu: Cpu) -> None:
+        """Last stop before the engine runs this vCPU: adopt the engine, apply posted events, deliver what is pending."""
+        self.cpu = cpu
+        evtchn = self.domain.evtchn
+        if evtchn.has_posted:
+            evtchn.apply_posted()
+        at = self.vcpu.info_maddr
+        data = self.bytes
+        if data[at] and not data[at + 1] and self.event_callback:
+            cpu.gpr[16] = self.bounce(self.event_callback, cpu.gpr[16], cpu.flags, None, True)
