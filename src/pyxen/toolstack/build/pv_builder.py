@@ -2,8 +2,8 @@
 """Build an x86-64 PV guest: memory, kernel, start-of-day pages, vCPU 0 (Xen: tools/libxc/xc_dom_boot.c, xc_dom_x86.c).
 
 The plan is pv_layout's, the contents are pv_pages'; here they meet the hypervisor, through privcmd alone. The page
-tables are written as plain data and become page tables when the root is pinned: the hypervisor validates every entry, so a
-mistake here is an error there and never a hole.
+tables are written as plain data and become page tables when the root is pinned: the hypervisor validates every entry,
+so a mistake here is an error there and never a hole.
 
 :func:`build` yields to the event loop after every few MiB. Cancelling it leaves a domain that the caller destroys; it
 holds nothing else.
