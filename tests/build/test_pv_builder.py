@@ -80,11 +80,11 @@ def test_guest_finds_everything_start_info_promises(run: int, notes: tuple[bytes
     # The ramdisk: mapped, or by frame number.
     assert mod_len == len(RAMDISK)
     if UNMAPPED_RAMDISK in notes:
-        assert flags == Sif.MOD_START_PFN | Sif.VIRT_P2M_4TOOLS
+        assert flags == Sif.MOD_START_PFN
         frames = b"".join(machine.bytes[m * PAGE_SIZE : (m + 1) * PAGE_SIZE] for m in p2m[mod : mod + 171])
         assert frames[: len(RAMDISK)] == RAMDISK
     else:
-        assert flags == Sif.VIRT_P2M_4TOOLS
+        assert flags == 0
         assert machine.read(mod, len(RAMDISK)) == RAMDISK
 
     # Page tables: where start_info says, with the root first, readable and not writable.

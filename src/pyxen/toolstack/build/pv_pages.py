@@ -149,8 +149,8 @@ def start_info(
     cmdline: bytes,
 ) -> bytes:
     """``struct start_info`` (xen/include/public/xen.h). ``cmdline`` is shorter than MAX_GUEST_CMDLINE."""
-    # Our tools read the linear p2m list, so the guest may leave out the three-level tree (a second of Linux's boot).
-    flags = Sif.VIRT_P2M_4TOOLS
+    # No VIRT_P2M_4TOOLS: a guest then keeps the three-level p2m tree too, which is what 4.6's tools save and dump by.
+    flags = Sif(0)
     mod_start = 0
     if layout.ramdisk is not None:
         mod_start = layout.ramdisk.pfn if ramdisk_by_pfn else layout.va(layout.ramdisk.pfn)
