@@ -70,7 +70,8 @@ class Context(Protocol):
         ...
 
     def put(self, registers: Registers) -> None:
-        """Replace the saved state. Segment descriptors are flat 64-bit ones of the CPL chosen by :meth:`Cpu.new_context`."""
+        """Replace the saved state. Segment descriptors are flat 64-bit ones of the CPL chosen by
+        :meth:`Cpu.new_context`."""
         ...
 
 
@@ -82,7 +83,8 @@ class Traps(Protocol):
     """
 
     def syscall(self, next_rip: int) -> int:
-        """SYSCALL executed; ``next_rip`` is the address after it. RCX, R11, CS, SS are *not* changed yet by the engine."""
+        """SYSCALL executed; ``next_rip`` is the address after it. RCX, R11, CS, SS are *not* changed yet by the
+        engine."""
         ...
 
     def exception(self, vector: int, error_code: int | None, rip: int, software: bool) -> int:
@@ -94,7 +96,8 @@ class Traps(Protocol):
         ...
 
     def cpuid(self, rip: int) -> int:
-        """CPUID executed outside of Xen's forced-emulation prefix; ``rip`` at the instruction; returns the RIP after it."""
+        """CPUID executed outside of Xen's forced-emulation prefix; ``rip`` at the instruction; returns the RIP after
+        it."""
         ...
 
 
@@ -125,7 +128,8 @@ class Cpu(Protocol):
         ...
 
     def load_segment(self, seg: int, selector: int, base: int, limit: int, attributes: int) -> None:
-        """Set selector and hidden part. ``attributes``: bits 8..23 of the descriptor's high word, in place. For CS and SS call :meth:`set_cpl` after."""
+        """Set selector and hidden part. ``attributes``: bits 8..23 of the descriptor's high word, in place. For CS
+        and SS call :meth:`set_cpl` after."""
         ...
 
     def set_cpl(self, cpl: int) -> None:
@@ -163,7 +167,8 @@ class Cpu(Protocol):
         ...
 
     def load(self, context: Context) -> None:
-        """Make ``context`` the running one; saves the one that was loaded, if any; flushes the TLB. No-op if already loaded."""
+        """Make ``context`` the running one; saves the one that was loaded, if any; flushes the TLB. No-op if already
+        loaded."""
         ...
 
     def unload(self) -> None:
@@ -185,11 +190,13 @@ class Cpu(Protocol):
         ...
 
     def kick(self) -> None:
-        """From any thread: make :meth:`run` return soon (at the next block boundary). Sticky: a kick between two runs ends the next one at once."""
+        """From any thread: make :meth:`run` return soon (at the next block boundary). Sticky: a kick between two
+        runs ends the next one at once."""
         ...
 
     def invalidate(self, maddr: int, size: int) -> None:
-        """From any thread: forget translated code of this range before the next guest instruction. May be deferred until the engine is in a hook or outside :meth:`run`."""
+        """From any thread: forget translated code of this range before the next guest instruction. May be deferred
+        until the engine is in a hook or outside :meth:`run`."""
         ...
 
     def close(self) -> None: ...
