@@ -7,16 +7,18 @@ paused, VIRQ_DOM_EXC sent to dom0) -> dying -> dead.
 
 from __future__ import annotations
 
+import threading
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from pyxen.abi.xen import DomId
+from pyxen.abi.xen import DomId, Virq
 from pyxen.hypervisor.lock import TicketLock
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.event_channel import EventChannels
     from pyxen.hypervisor.grant_table import GrantTable
     from pyxen.hypervisor.hypervisor import Hypervisor
+    from pyxen.hypervisor.timer import Timer
     from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.hypervisor.x86.pv.domain import PvDomain
 
@@ -53,8 +55,12 @@ class Domain:
         self.lock = TicketLock("domain life cycle")
         self.page_lock = TicketLock("page counts, types and owners of this domain's frames")
         # Life cycle
+        self.pause_lock = threading.Lock()
+        """Leaf; guards pause_count (Xen: atomic_t)."""
         self.pause_count = 0
         self.controller_pause_count = 0
+        self.shutdown_lock = threading.Lock()
+        """Leaf; guards is_shutting_down and shutdown_code (a domain may crash with any lock held)."""
         self.is_shutting_down = False
         self.is_shut_down = False
         self.shutdown_code: int = -1
@@ -72,6 +78,11 @@ class Domain:
         self.pv: PvDomain
         # Scheduler's private data and its parameters
         self.sched_data: object = None
+        self.watchdogs: list[Timer | None] = []
+        """SCHEDOP_watchdog: one entry per timer, None when it is not in use. Under watchdog_lock."""
+        self.watchdog_lock = threading.Lock()
+        self.time_offset_s = 0
+        """XEN_DOMCTL_settimeoffset: added to the wall clock."""
         self.cpupool = 0
         # Counters
         self.hypercall_counts = [0] * 64
@@ -83,3 +94,36 @@ class Domain:
 
     def __repr__(self) -> str:
         return f"d{self.domid}"
+
+
+def domain_shutdown(domain: Domain, code: int) -> None:
+    """domain_shutdown(): stop every vCPU and tell dom0 why; the first reason given is the one that counts."""
+    with domain.lock:
+        if domain.shutdown_code == -1:
+            domain.shutdown_code = code
+        if domain.is_shutting_down:
+            return
+        domain.is_shutting_down = True
+    scheduler = domain.hypervisor.scheduler
+    for vcpu in domain.vcpus:
+        vcpu.paused_for_shutdown = True
+        scheduler.vcpu_pause_nosync(vcpu)
+    domain.is_shut_down = True
+    domain.hypervisor.send_global_virq(Virq.DOM_EXC)
+
+
+def domain_resume(domain: Domain) -> None:
+    """domain_resume(): undo a shutdown (XEN_DOMCTL_resumedomain, after a suspend that was cancelled)."""
+    scheduler = domain.hypervisor.scheduler
+    scheduler.domain_pause(domain)
+    try:
+        with domain.lock:
+            domain.is_shutting_down = domain.is_shut_down = False
+            domain.shutdown_code = -1
+            domain.crash_reason = ""
+        for vcpu in domain.vcpus:
+            if vcpu.paused_for_shutdown:
+                vcpu.paused_for_shutdown = False
+                scheduler.vcpu_unpause(vcpu)
+    finally:
+        scheduler.domain_unpause(domain)

@@ -84,7 +84,7 @@ def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
                     return done
                 if operation == Xenmem.POPULATE_PHYSMAP:
                     for i in range(size):
-                        frames.set_gpfn(first + i, value + i)
+                        frames.m2p.set(first + i, value + i)
                 if extents:
                     caller.write_u64(extents + done * 8, first)
             done += 1
@@ -121,7 +121,7 @@ def _maximum_gpfn(caller: Caller, arg: int) -> int:
 def _machphys_mfn_list(caller: Caller, arg: int) -> int:
     """First machine frame of each 2 MiB of the M2P table; zero where the table's frames are not there."""
     limit, out, _ = abi.MFN_LIST.unpack(caller.read(arg, abi.MFN_LIST.size))
-    frames = caller.domain.hypervisor.frames.m2p_frames
+    frames = caller.domain.hypervisor.frames.m2p.frames
     firsts = frames[::512][: min(limit, 1 << 16)]
     caller.write(out, struct.pack(f"<{len(firsts)}Q", *firsts))
     caller.write(arg, abi.MFN_LIST.pack(limit, out, len(firsts)))
@@ -130,7 +130,7 @@ def _machphys_mfn_list(caller: Caller, arg: int) -> int:
 
 def _machphys_mapping(caller: Caller, arg: int) -> int:
     hypervisor = caller.domain.hypervisor
-    end = MACH2PHYS_VIRT_START + len(hypervisor.frames.m2p_frames) * 4096
+    end = MACH2PHYS_VIRT_START + len(hypervisor.frames.m2p.frames) * 4096
     caller.write(arg, abi.MACHPHYS_MAPPING.pack(MACH2PHYS_VIRT_START, end, hypervisor.memory.nr_frames - 1))
     return 0
 
@@ -222,7 +222,7 @@ def _exchange(caller: Caller, arg: int) -> int:
             raise
         for gpfn, mfn in zip(gpfns, got, strict=True):
             for i in range(1 << out_order):
-                frames.set_gpfn(mfn + i, gpfn + i)
+                frames.m2p.set(mfn + i, gpfn + i)
         caller.write(out_list + first_out * 8, struct.pack(f"<{out_chunk}Q", *got))
         done += in_chunk
     caller.write_u64(arg + abi.EXCHANGE.size - 8, done)

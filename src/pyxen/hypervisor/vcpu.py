@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from pyxen.abi.xen import NR_VIRQS, VcpuId
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.timer import Timer
     from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
     from pyxen.machine.cpu.base import Context, Cpu
 
@@ -45,9 +47,14 @@ class Vcpu:
     def __init__(self, domain: Domain, vcpu_id: VcpuId) -> None:
         self.domain = domain
         self.vcpu_id = vcpu_id
-        self.pause_flags = PauseFlag.DOWN
+        self.pause_lock = threading.Lock()
+        """Leaf; guards pause_flags, pause_count and poll_port (Xen: atomic bit operations)."""
+        self.pause_flags = int(PauseFlag.DOWN)
+        """PauseFlag bits, as a plain int: IntFlag arithmetic costs a microsecond, and each event looks at them."""
         self.pause_count = 0
+        self.paused_for_shutdown = False
         self.is_initialised = False
+        self.paused_for_shutdown = False
         self.cpu: Cpu | None = None
         self.context: Context | None = None
         # Events
@@ -56,13 +63,19 @@ class Vcpu:
         self.info_mfn: int | None = None
         self.virq_to_evtchn = [0] * NR_VIRQS
         self.poll_port = 0
+        """While POLLING: the one port polled for, -1 for several; else 0."""
+        self.nmi_pending = False
         # Run state (under the scheduler's lock)
         self.runstate = RunState.OFFLINE
         self.runstate_since_ns = 0
         self.runstate_time_ns = [0, 0, 0, 0]
         self.runstate_guest_va: int | None = None
+        self.time_guest_va: int | None = None
+        """VCPUOP_register_vcpu_time_memory_area: a second copy of vcpu_time_info."""
         # Timers
-        self.singleshot_ns: int | None = None
+        self.singleshot_timer: Timer  # the three are made by Schedule.vcpu_init()
+        self.periodic_timer: Timer
+        self.poll_timer: Timer
         self.periodic_period_ns = 0
         self.periodic_last_ns = 0
         # Scheduler's

@@ -7,6 +7,7 @@ The vCPU must not be running: callers pause it, and its context is saved.
 from __future__ import annotations
 
 import errno
+import struct
 from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, GuestContext, Vgcf
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pyxen.machine.cpu.base import Context
 
 _FLAGS: Final = 0x254FD5
+_FPU_RESET: Final = struct.pack("<H22xI", 0x37F, 0x1F80).ljust(512, b"\0")
+"""FXSAVE image after FNINIT: control word 0x37f, all registers empty, MXCSR 0x1f80."""
 
 
 def _context(pv: PvVcpu) -> Context:
@@ -82,10 +85,10 @@ def set_guest_context(pv: PvVcpu, data: bytes) -> None:
             bases=[0, 0, 0, 0, c.fs_base, c.gs_base_kernel if in_kernel else c.gs_base_user],
             cr2=0,
             cr3=root << 12,
-            fxsave=c.fpu if c.flags & Vgcf.I387_VALID else b"",
+            fxsave=c.fpu if c.flags & Vgcf.I387_VALID else _FPU_RESET,
         )
     )
-    pv.initialise_context(context, 3 if pv.exact or not in_kernel else 1)
+    pv.fresh = True
     pv.vcpu.is_initialised = True
 
 

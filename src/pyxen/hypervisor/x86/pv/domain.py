@@ -25,6 +25,7 @@ class PvDomain:
     def __init__(self, domain: Domain, slots: XenSlots, mode: PvMode) -> None:
         self.domain = domain
         self.mode: PvMode = mode
+        self._slots = slots
         self.area = PerDomain(slots, mode, max(domain.max_vcpus, 1))
         self.cpuid = CpuidPolicy()
         self.memory_map: list[tuple[int, int, int]] = []
@@ -33,6 +34,11 @@ class PvDomain:
     def install_xen_slots(self, l4_mfn: int, domain: Domain | None = None) -> None:
         """Put Xen's sixteen entries into a validated L4."""
         self.area.install(l4_mfn)
+
+    def resize(self, max_vcpus: int) -> None:
+        """Room for another number of vCPUs; before the domain has any page table."""
+        self.area.release()
+        self.area = PerDomain(self._slots, self.mode, max_vcpus)
 
     def release(self) -> None:
         """Free the per-domain area; the domain has no page tables left."""

@@ -12,12 +12,14 @@ it is dropped whenever the guest or the hypervisor flushes, and a frame that cha
 from __future__ import annotations
 
 import struct
+import threading
 from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.arch_x86 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from pyxen.abi.xen import MASK64
 from pyxen.errors import GuestAccessError, GuestFault
-from pyxen.hypervisor.x86.pv.descriptors import FLAT_KERNEL_CS, FLAT_KERNEL_SS
+from pyxen.hypervisor.x86.pv.descriptors import FLAT_KERNEL_CS, FLAT_KERNEL_SS, LAST_GDT_BYTE
+from pyxen.hypervisor.x86.pv.slots import gdt_va
 from pyxen.hypervisor.x86.pv.walk import guest_walk
 from pyxen.machine.cpu.base import R11, RCX, RSP, Seg
 
@@ -31,6 +33,7 @@ _FRAME: Final = struct.Struct("<7Q")
 _FRAME_ERROR: Final = struct.Struct("<8Q")
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
+_ident = threading.get_ident
 
 EFLAGS_IF: Final = 0x200
 EFLAGS_IOPL: Final = 0x3000
@@ -55,6 +58,8 @@ class PvVcpu:
         self.bytes = hypervisor.memory.b
         self.exact = vcpu.domain.pv.mode == "exact"
         self.cpu: Cpu | None = None
+        self.flush_wanted = False
+        self.fresh = False
         self.traps: PvTraps
         self.preempt_at = 0
         # Modes and roots
@@ -103,16 +108,28 @@ class PvVcpu:
         self._read_cache.clear()
         self._write_cache.clear()
         cpu = self.cpu
-        if cpu is not None and cpu.loaded is self.vcpu.context:
-            self.hypervisor.on_engine(self.vcpu, cpu.flush_tlb)
+        if cpu is None or cpu.loaded is not self.vcpu.context:
+            return  # loading a context flushes
+        if self.domain.evtchn.home_thread == _ident():
+            cpu.flush_tlb()
+        else:
+            # Not our engine: it flushes before the next guest instruction. Whoever takes frames from a domain that runs
+            # elsewhere pauses it first, so that no instruction is between here and there.
+            self.flush_wanted = True
+            cpu.kick()
 
     def flush_tlb_page(self, va: int) -> None:
         """Forget the translation of one linear address."""
         self._read_cache.pop(va >> 12, None)
         self._write_cache.pop(va >> 12, None)
         cpu = self.cpu
-        if cpu is not None and cpu.loaded is self.vcpu.context:
-            self.hypervisor.on_engine(self.vcpu, lambda: cpu.flush_tlb_page(va))
+        if cpu is None or cpu.loaded is not self.vcpu.context:
+            return
+        if self.domain.evtchn.home_thread == _ident():
+            cpu.flush_tlb_page(va)
+        else:
+            self.flush_wanted = True
+            cpu.kick()
 
     def new_cr3(self) -> None:
         """guest_table or guest_table_user changed: load the root of the current mode."""
@@ -328,10 +345,35 @@ class PvVcpu:
     def before_entry(self, cpu: Cpu) -> None:
         """Last stop before the engine runs this vCPU: adopt the engine, apply posted events, deliver what is pending."""
         self.cpu = cpu
+        if self.fresh:
+            self._first_entry(cpu)
+        if self.flush_wanted:
+            self.flush_wanted = False
+            self._read_cache.clear()
+            self._write_cache.clear()
+            cpu.flush_tlb()
         evtchn = self.domain.evtchn
-        if evtchn.has_posted:
+        if evtchn.posted:
             evtchn.apply_posted()
         at = self.vcpu.info_maddr
         data = self.bytes
         if data[at] and not data[at + 1] and self.event_callback:
             cpu.gpr[16] = self.bounce(self.event_callback, cpu.gpr[16], cpu.flags, None, True)
+
+    def _first_entry(self, cpu: Cpu) -> None:
+        """The context was set from outside: give the engine what a Context does not carry (tables, hidden parts of segments)."""
+        from pyxen.hypervisor.x86.pv import iret, ldt
+
+        self.fresh = False
+        cpu.set_gdt(gdt_va(self.vcpu.vcpu_id), LAST_GDT_BYTE)
+        ldt.load(self)
+        for load, seg in ((iret.load_code, _CS), (iret.load_stack, _SS)):
+            try:
+                load(self, cpu, cpu.selector(seg) | 3)
+            except iret.SegmentFault:
+                raise GuestFault(f"vCPU set up with selector {cpu.selector(seg):#x}, which cannot be loaded") from None
+        cpu.set_cpl(1 if self.kernel_mode and not self.exact else 3)
+        cpu.set_task_switched(self.cr0_ts)
+        for number, value in enumerate(self.debugreg):
+            if value and number not in (4, 5):
+                cpu.set_debug_register(number, value)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""``xen/include/public/domctl.h`` of Xen 4.6 (interface version 0xb)."""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+from typing import Final
+
+INTERFACE_VERSION: Final = 0x0000000B
+HEADER: Final = struct.Struct("<IIH6x")
+"""cmd, interface_version, domain; the union starts at 16 and is 128 bytes."""
+UNION: Final = 16
+SIZE: Final = 144
+
+
+class Domctl(IntEnum):
+    """``XEN_DOMCTL_*`` that are known here."""
+
+    CREATEDOMAIN = 1
+    DESTROYDOMAIN = 2
+    PAUSEDOMAIN = 3
+    UNPAUSEDOMAIN = 4
+    GETDOMAININFO = 5
+    SETVCPUAFFINITY = 9
+    MAX_MEM = 11
+    SETVCPUCONTEXT = 12
+    GETVCPUCONTEXT = 13
+    GETVCPUINFO = 14
+    MAX_VCPUS = 15
+    SCHEDULER_OP = 16
+    SETDOMAINHANDLE = 17
+    GETVCPUAFFINITY = 25
+    RESUMEDOMAIN = 27
+    HYPERCALL_INIT = 29
+    SET_MAX_EVTCHN = 70
+
+
+class DomInf(IntFlag):
+    """``XEN_DOMINF_*``."""
+
+    DYING = 1 << 0
+    HVM_GUEST = 1 << 1
+    SHUTDOWN = 1 << 2
+    PAUSED = 1 << 3
+    BLOCKED = 1 << 4
+    RUNNING = 1 << 5
+    DEBUGGED = 1 << 6
+    PVH_GUEST = 1 << 7
+
+
+DOMINF_SHUTDOWN_SHIFT: Final = 16
+CREATEDOMAIN: Final = struct.Struct("<I16sI")
+"""ssidref, handle, flags."""
+GETDOMAININFO: Final = struct.Struct("<H2xIQQQQQQQIII16sI4x")
+"""domain, flags, tot_pages, max_pages, outstanding_pages, shr_pages, paged_pages, shared_info_frame, cpu_time, nr_online_vcpus,
+max_vcpu_id, ssidref, handle, cpupool."""
+MAX_MEM: Final = struct.Struct("<Q")
+VCPUCONTEXT: Final = struct.Struct("<I4xQ")
+GETVCPUINFO: Final = struct.Struct("<IBBB1xQI4x")
+"""vcpu, online, blocked, running, cpu_time, cpu."""
+MAX_VCPUS: Final = struct.Struct("<I")
+SCHEDULER_OP: Final = struct.Struct("<IIHH")
+"""sched_id, cmd, then for credit: weight, cap."""
+SCHEDULER_CREDIT: Final = 5
+SCHEDOP_PUTINFO: Final = 0
+SCHEDOP_GETINFO: Final = 1

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""HYPERVISOR_domctl: the versioned structures decoded (Xen 4.6: xen/common/domctl.c).
+
+A guest's request is decoded and then refused by XSM, not by absence. dom0's software usually comes through the typed functions
+of privcmd, which act through the same functions.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from pyxen.abi import domctl as abi
+from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE
+from pyxen.abi.domctl import Domctl, DomInf
+from pyxen.errors import XenError
+from pyxen.hypervisor.domain import Domain, Dying, domain_resume
+from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.hypercall import Caller
+    from pyxen.hypervisor.hypervisor import Hypervisor
+
+
+def getdomaininfo(domain: Domain) -> bytes:
+    """struct xen_domctl_getdomaininfo of one domain."""
+    flags = DomInf(0)
+    if domain.dying is not Dying.ALIVE:
+        flags |= DomInf.DYING
+    if domain.is_shut_down:
+        flags |= DomInf.SHUTDOWN
+    if domain.controller_pause_count > 0:
+        flags |= DomInf.PAUSED
+    online = [v for v in domain.vcpus if not v.pause_flags & PauseFlag.DOWN]
+    if any(v.is_running for v in online):
+        flags |= DomInf.RUNNING
+    if online and all(v.pause_flags & PauseFlag.BLOCKED for v in online):
+        flags |= DomInf.BLOCKED
+    code = domain.shutdown_code & 0xFF if domain.is_shut_down else 0
+    scheduler = domain.hypervisor.scheduler
+    return abi.GETDOMAININFO.pack(
+        domain.domid, flags | code << abi.DOMINF_SHUTDOWN_SHIFT, domain.tot_pages, domain.max_pages, 0, 0, 0,
+        domain.shared_info_mfn, sum(scheduler.cpu_time_ns(v) for v in domain.vcpus), len(online),
+        max(len(domain.vcpus) - 1, 0), 0, domain.handle, domain.cpupool,
+    )
+
+
+def _vcpu(domain: Domain, vcpu_id: int, *, missing: int = errno.ESRCH) -> Vcpu:
+    if vcpu_id >= domain.max_vcpus:
+        raise XenError(errno.EINVAL)
+    if vcpu_id >= len(domain.vcpus):
+        raise XenError(missing)
+    return domain.vcpus[vcpu_id]
+
+
+def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
+    """XEN_DOMCTL_setvcpucontext: the domain is paused meanwhile; vCPU 0 comes up by it."""
+    from pyxen.hypervisor.x86.pv.context import set_guest_context
+
+    vcpu = _vcpu(domain, vcpu_id)
+    scheduler = domain.hypervisor.scheduler
+    scheduler.domain_pause(domain)
+    try:
+        set_guest_context(vcpu.pv, data)
+        if vcpu_id == 0 or int.from_bytes(data[512:520], "little") & 32:
+            scheduler.clear_pause_flag(vcpu, PauseFlag.DOWN)
+    finally:
+        scheduler.domain_unpause(domain)
+
+
+def get_vcpu_context(domain: Domain, vcpu_id: int) -> bytes:
+    """XEN_DOMCTL_getvcpucontext: the vCPU is paused meanwhile. ENODATA for one that was never set up."""
+    from pyxen.hypervisor.x86.pv.context import get_guest_context
+
+    vcpu = _vcpu(domain, vcpu_id)
+    scheduler = domain.hypervisor.scheduler
+    scheduler.vcpu_pause(vcpu)
+    try:
+        return get_guest_context(vcpu.pv)
+    finally:
+        scheduler.vcpu_unpause(vcpu)
+
+
+def set_max_mem(domain: Domain, kb: int) -> None:
+    """XEN_DOMCTL_max_mem: may be below what the domain has; it then only cannot grow. EINVAL for a dying domain."""
+    if domain.dying is not Dying.ALIVE:
+        raise XenError(errno.EINVAL)
+    domain.max_pages = kb >> 2
+
+
+def _create(hypervisor: Hypervisor, request: bytes) -> int:
+    from pyxen.hypervisor.lifecycle import domain_create
+
+    _ssidref, handle, flags = abi.CREATEDOMAIN.unpack_from(request, abi.UNION)
+    if flags:
+        raise XenError(errno.EINVAL)  # HVM and PVH are not built here yet
+    return domain_create(hypervisor, handle, 1, "exact").domid
+
+
+def do_domctl(caller: Caller, arg: int) -> int:
+    """HYPERVISOR_domctl(op). EACCES for another interface version, ENOSYS for a command that is not here."""
+    request = caller.read(arg, abi.SIZE)
+    command, version, domid = abi.HEADER.unpack_from(request)
+    if version != abi.INTERFACE_VERSION:
+        raise XenError(errno.EACCES)
+    current = caller.domain
+    hypervisor = current.hypervisor
+    if command in (Domctl.CREATEDOMAIN, Domctl.GETDOMAININFO):
+        hypervisor.xsm.domctl(current, None, command)
+        if command == Domctl.CREATEDOMAIN:
+            created = _create(hypervisor, request)
+            caller.write(arg, abi.HEADER.pack(command, version, created))
+            return 0
+        later = [d for d in sorted(hypervisor.domains) if d >= domid]
+        if not later:
+            raise XenError(errno.ESRCH)
+        info = getdomaininfo(hypervisor.domains[later[0]])
+        caller.write(arg, abi.HEADER.pack(command, version, later[0]) + info)
+        return 0
+    domain = hypervisor.domain(domid, current)
+    hypervisor.xsm.domctl(current, domain, command)
+    if domain.is_privileged:
+        raise XenError(errno.EINVAL)
+    return _on_domain(caller, arg, request, command, domain)
+
+
+def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: Domain) -> int:
+    from pyxen.hypervisor import lifecycle
+    from pyxen.hypervisor.hypercall import Preempted
+
+    union = arg + abi.UNION
+    if command == Domctl.DESTROYDOMAIN:
+        if not lifecycle.domain_kill(domain):
+            raise Preempted((arg,))
+    elif command == Domctl.PAUSEDOMAIN:
+        domain.hypervisor.scheduler.domain_pause_by_systemcontroller(domain)
+    elif command == Domctl.UNPAUSEDOMAIN:
+        domain.hypervisor.scheduler.domain_unpause_by_systemcontroller(domain)
+    elif command == Domctl.MAX_MEM:
+        set_max_mem(domain, abi.MAX_MEM.unpack_from(request, abi.UNION)[0])
+    elif command == Domctl.MAX_VCPUS:
+        (count,) = abi.MAX_VCPUS.unpack_from(request, abi.UNION)
+        if not 1 <= count <= lifecycle.MAX_VCPUS or domain.vcpus:
+            raise XenError(errno.EINVAL)
+        if count != domain.max_vcpus:
+            domain.pv.resize(count)
+        domain.max_vcpus = count
+        lifecycle.create_vcpus(domain)
+    elif command == Domctl.SETVCPUCONTEXT:
+        vcpu_id, handle = abi.VCPUCONTEXT.unpack_from(request, abi.UNION)
+        set_vcpu_context(domain, vcpu_id, caller.read(handle, GUEST_CONTEXT_SIZE))
+    elif command == Domctl.GETVCPUCONTEXT:
+        vcpu_id, handle = abi.VCPUCONTEXT.unpack_from(request, abi.UNION)
+        caller.write(handle, get_vcpu_context(domain, vcpu_id))
+    elif command == Domctl.GETVCPUINFO:
+        vcpu = _vcpu(domain, abi.GETVCPUINFO.unpack_from(request, abi.UNION)[0])
+        flags = vcpu.pause_flags
+        caller.write(union, abi.GETVCPUINFO.pack(
+            vcpu.vcpu_id, not flags & PauseFlag.DOWN, bool(flags & PauseFlag.BLOCKED), vcpu.is_running,
+            domain.hypervisor.scheduler.cpu_time_ns(vcpu), vcpu.processor))
+    elif command == Domctl.SETDOMAINHANDLE:
+        domain.handle = request[abi.UNION : abi.UNION + 16]
+    elif command == Domctl.RESUMEDOMAIN:
+        domain_resume(domain)
+    elif command == Domctl.SCHEDULER_OP:
+        scheduler_id, what, weight, cap = abi.SCHEDULER_OP.unpack_from(request, abi.UNION)
+        if scheduler_id != abi.SCHEDULER_CREDIT or what not in (abi.SCHEDOP_PUTINFO, abi.SCHEDOP_GETINFO):
+            raise XenError(errno.EINVAL)
+        ops = domain.hypervisor.scheduler.policy
+        if what == abi.SCHEDOP_PUTINFO:
+            ops.adjust(domain, weight=weight or None, cap=None if cap == 0xFFFF else cap)
+        now = ops.parameters(domain)
+        caller.write(union, abi.SCHEDULER_OP.pack(scheduler_id, what, now["weight"], now["cap"]))
+    elif command == Domctl.SET_MAX_EVTCHN:
+        domain.evtchn.max_port = int.from_bytes(request[abi.UNION : abi.UNION + 4], "little")
+    elif command != Domctl.HYPERCALL_INIT:
+        raise XenError(errno.ENOSYS)
+    return 0

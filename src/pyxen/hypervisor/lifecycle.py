@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Creating and destroying domains (Xen: xen/common/domain.c, xen/arch/x86/domain.c, domctl.c).
+
+Destroying is incremental: :func:`domain_kill` does a slice of it and says whether it is done; whoever drives it can stop between
+slices and go on later.  From the first slice on the domain is *dying* and runs no more.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING, Final
+
+from pyxen.abi.xen import MAX_LEGACY_VCPUS, VCPU_INFO_SIZE, DomId, VcpuId
+from pyxen.errors import XenError
+from pyxen.hypervisor.domain import Domain, Dying
+from pyxen.hypervisor.event_channel import EventChannels
+from pyxen.hypervisor.grant_map import release_mappings
+from pyxen.hypervisor.grant_table import GrantTable
+from pyxen.hypervisor.time import update_domain_wallclock, update_vcpu_system_time
+from pyxen.hypervisor.vcpu import Vcpu
+from pyxen.hypervisor.vcpu_info import unmap_vcpu_info
+from pyxen.hypervisor.x86.pv import gdt, ldt
+from pyxen.hypervisor.x86.pv.domain import PvDomain, PvMode
+from pyxen.hypervisor.x86.pv.mm import drop_guest_tables, relinquish_memory
+from pyxen.hypervisor.x86.pv.traps import PvTraps
+from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.hypervisor import Hypervisor
+
+MAX_VCPUS: Final = 128
+"""Of a PV domain in this version; the ABI's own limit is 8192 with vcpu_info registered."""
+
+
+def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: PvMode) -> Domain:
+    """A new PV domain: paused by its controller, no memory, no vCPU. ENOMEM without frames, EINVAL for a wrong count."""
+    if not 1 <= max_vcpus <= MAX_VCPUS or len(handle) != 16:
+        raise XenError(errno.EINVAL)
+    domid = hypervisor.new_domid()
+    domain = Domain(hypervisor, domid, max_vcpus=max_vcpus, handle=handle)
+    domain.controller_pause_count = domain.pause_count = 1
+    domain.evtchn = EventChannels(domain)
+    domain.grant_table = GrantTable(domain)
+    domain.pv = PvDomain(domain, hypervisor.xen_slots, mode)
+    try:
+        domain.shared_info_mfn = hypervisor.frames.alloc_xenheap(domain)
+    except XenError:
+        domain.pv.release()
+        raise
+    hypervisor.frames.domains[domid] = domain
+    hypervisor.scheduler.init_domain(domain)
+    update_domain_wallclock(domain)
+    with hypervisor.domain_list:
+        hypervisor.domains[domid] = domain
+    return domain
+
+
+def create_vcpus(domain: Domain) -> None:
+    """XEN_DOMCTL_max_vcpus: allocate the domain's vCPUs, all of them down."""
+    hypervisor = domain.hypervisor
+    for vcpu_id in range(len(domain.vcpus), domain.max_vcpus):
+        vcpu = Vcpu(domain, VcpuId(vcpu_id))
+        pv = PvVcpu(vcpu)
+        vcpu.pv = pv
+        pv.traps = PvTraps(pv, hypervisor.hypercalls)
+        if vcpu_id < MAX_LEGACY_VCPUS:
+            vcpu.info_maddr = (domain.shared_info_mfn << 12) + vcpu_id * VCPU_INFO_SIZE
+        domain.vcpus.append(vcpu)
+        hypervisor.scheduler.init_vcpu(vcpu)
+        if vcpu.info_maddr:
+            update_vcpu_system_time(vcpu)
+
+
+def domain_begin_kill(domain: Domain) -> None:
+    """First slice: nothing of the domain runs from here on, and every vCPU is off its engine."""
+    hypervisor = domain.hypervisor
+    with domain.lock:
+        if domain.dying is not Dying.ALIVE:
+            return
+        domain.dying = Dying.DYING
+    hypervisor.scheduler.domain_pause(domain)  # synchronous: returns when no engine is inside
+
+
+def domain_kill(domain: Domain) -> bool:
+    """One slice (about half a millisecond) of destroying ``domain``; True when it holds nothing any more."""
+    hypervisor = domain.hypervisor
+    if domain.dying is Dying.DEAD:
+        return True
+    if domain.dying is Dying.ALIVE:
+        domain_begin_kill(domain)
+        return False
+    if not domain.evtchn.destroy():
+        return False
+    if not release_mappings(domain):
+        return False
+    for vcpu in domain.vcpus:
+        gdt.destroy_gdt(vcpu.pv)
+        ldt.invalidate(vcpu.pv)
+        if not drop_guest_tables(vcpu.pv):
+            return False
+        if vcpu.info_mfn is not None:
+            unmap_vcpu_info(vcpu)
+    if not relinquish_memory(domain):
+        return False
+    _finish(hypervisor, domain)
+    return True
+
+
+def _finish(hypervisor: Hypervisor, domain: Domain) -> None:
+    domain.dying = Dying.DEAD
+    for vcpu in domain.vcpus:
+        hypervisor.scheduler.destroy_vcpu(vcpu)
+        vcpu.info_maddr = 0
+    hypervisor.scheduler.destroy_domain(domain)
+    domain.grant_table.destroy()
+    hypervisor.frames.free_xenheap(domain.shared_info_mfn)
+    domain.shared_info_mfn = 0
+    domain.pv.release()
+    hypervisor.global_virqs.forget(domain)
+    hypervisor.frames.forget(domain)
+    hypervisor.forget(domain)
+    hypervisor.log.printk(f"d{domain.domid} destroyed", debug=True)
+
+
+def find(hypervisor: Hypervisor, domid: int) -> Domain:
+    """A domain a control operation may name: not the special ones. Raises XenError(ESRCH)."""
+    domain = hypervisor.domains.get(DomId(domid))
+    if domain is None:
+        raise XenError(errno.ESRCH)
+    return domain
+
+
+def on_this_engine(domain: Domain) -> bool:
+    """Whether the calling thread is the one that runs ``domain``."""
+    return domain.evtchn.home_thread == threading.get_ident()
