@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Guest images that ``pyxen guest fetch`` brings into the user's cache."""
