@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pyxen.cli import guest as cli
+from pyxen.cli.main import main
 from pyxen.errors import HostError, ImageError
 from pyxen.toolstack.guests import debian
 from pyxen.toolstack.guests.cpio import CpioWriter
@@ -197,9 +197,9 @@ def test_offline_is_one_line_with_a_hint_and_keeps_what_was_there(apt: Path, cap
     target = fetch()
     (apt / "offline").touch()
     (apt / "version").write_text("6.1.2-1")
-    assert cli.main(["fetch", "debian"]) == 1
+    assert main(["guest", "fetch", "debian"]) == 1
     error = capfd.readouterr().err.splitlines()
-    assert error[0].startswith("pyxen: cannot fetch package lists: Could not resolve")
+    assert error[0].startswith("cannot fetch package lists: Could not resolve")
     assert error[1].startswith("hint: ")
     assert len(error) == 2
     assert (target / "vmlinuz").is_file()
@@ -231,12 +231,12 @@ def test_cache_that_cannot_be_written(apt: Path, tmp_path: Path) -> None:
 
 
 def test_command_line(apt: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list"]) == 0
+    assert main(["guest", "list"]) == 0
     assert "not fetched" in capfd.readouterr().out
-    assert cli.main(["fetch", "debian"]) == 0
+    assert main(["guest", "fetch", "debian"]) == 0
     out = capfd.readouterr().out
     assert "==> downloading linux-image-6.1 6.1.1-1" in out
-    assert cli.main(["list"]) == 0
+    assert main(["guest", "list"]) == 0
     assert "linux-image-6.1 6.1.1-1" in capfd.readouterr().out
-    assert cli.main(["fetch", "plan9"]) == 1
-    assert cli.main(["fetch"]) == 2
+    assert main(["guest", "fetch", "plan9"]) == 1
+    assert main(["guest", "fetch"]) == 2

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from pyxen.errors import PyxenError
+from pyxen.cli.report import Failure
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``pyxen guest ARGV…``; the exit status (0, 1 for an error, 2 for wrong usage)."""
+    """Run ``pyxen guest ARGV…``; the exit status (2 for wrong usage). Raises PyxenError for what goes wrong."""
     parser = argparse.ArgumentParser(prog="pyxen guest", description="Guest images in the cache.")
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="bring a guest into the cache, or bring it up to date")
@@ -23,22 +22,14 @@ def main(argv: Sequence[str]) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as leave:  # argparse has printed its usage
         return int(leave.code or 0)
-    try:
-        return _fetch(arguments) if arguments.command == "fetch" else _list()
-    except PyxenError as error:
-        print(f"pyxen: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return 1
+    return _fetch(arguments) if arguments.command == "fetch" else _list()
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
     from pyxen.toolstack.guests import debian
 
     if arguments.name != debian.NAME:
-        print(f"pyxen: no guest is called {arguments.name}", file=sys.stderr)
-        print("hint: pyxen guest list", file=sys.stderr)
-        return 1
+        raise Failure(f"there is no guest called {arguments.name}", hint="run: pyxen guest list")
     debian.fetch(arguments.release, force=arguments.force, progress=lambda line: print(f"==> {line}", flush=True))
     return 0
 
