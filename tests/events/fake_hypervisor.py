@@ -46,11 +46,19 @@ class FakeScheduler:
 
     def __init__(self) -> None:
         self.woken: list[Vcpu] = []
+        self.pauses: list[Domain] = []
 
     def vcpu_unblock(self, vcpu: Vcpu) -> None:
         vcpu.pause_flags &= ~(PauseFlag.BLOCKED | PauseFlag.POLLING)
         vcpu.poll_port = 0
         self.woken.append(vcpu)
+
+    def domain_pause(self, domain: Domain) -> None:
+        domain.pause_count += 1
+        self.pauses.append(domain)
+
+    def domain_unpause(self, domain: Domain) -> None:
+        domain.pause_count -= 1
 
 
 class FakeCpu:
@@ -97,14 +105,32 @@ class FakeFrames:
         self.shared: dict[int, bool] = {}
         self._next = 128
 
+        self.lock = threading.Lock()
+
+    def flush(self, domain: Domain) -> None:
+        assert self.lock.locked()
+
+    def get_page_type(self, mfn: int, page_type: int) -> bool:
+        if self.type_refs[mfn] and self.page_type[mfn] != page_type:
+            return False
+        self.page_type[mfn] = page_type
+        self.type_refs[mfn] += 1
+        return True
+
+    def put_page_type(self, mfn: int) -> None:
+        assert self.type_refs[mfn] > 0
+        self.type_refs[mfn] -= 1
+
     def give(self, domain: Domain, mfn: int) -> None:
         self.owner[mfn] = domain
 
-    def alloc_xenheap(self, domain: object = None) -> int:
+    def alloc_xenheap(self, domain: Domain | None = None) -> int:
         mfn = self._next
         if mfn >= self.hypervisor.memory.nr_frames:
             raise XenError(errno.ENOMEM)
         self._next += 1
+        if domain is not None:
+            self.share_xen_page_with_guest(mfn, domain)
         return mfn
 
     def share_xen_page_with_guest(self, mfn: int, domain: Domain, readonly: bool = False) -> None:
@@ -151,7 +177,7 @@ class FakeFrames:
 class FakeHypervisor:
     """Domains are made with :meth:`create`; each gets a shared_info frame and vCPUs whose home is this thread."""
 
-    def __init__(self, *, dom0_vcpus: int = 1) -> None:
+    def __init__(self, *, dom0_vcpus: int = 0) -> None:
         self.memory = FakeMemory()
         self.scheduler = FakeScheduler()
         self.xsm = FakeXsm()
@@ -175,18 +201,15 @@ class FakeHypervisor:
         self.domains[domid] = domain
         return domain
 
-    def domain(self, domid: int, caller: Any = None) -> Domain:
+    def domain(self, domid: int, caller: Domain | None = None) -> Domain:
         if domid == DOMID_SELF and caller is not None:
-            return caller.domain  # type: ignore[no-any-return]
+            return caller
         if domid not in self.domains:
             raise XenError(errno.ESRCH)
         return self.domains[domid]
 
     def crash(self, domain: Domain, reason: str) -> None:
         domain.crash_reason = reason
-
-    def rendezvous(self, domain: Domain) -> None:
-        """Nothing runs in tests."""
 
 
 class FakeCaller:

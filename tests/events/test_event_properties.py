@@ -92,9 +92,9 @@ class Channels(RuleBasedStateMachine):
     @invariant()
     def virqs_and_channels_agree(self) -> None:
         for domain in self.host.domains.values():
-            bound = {(virq, port) for vcpu in domain.vcpus for virq, port in enumerate(vcpu.virq_to_evtchn) if port}
-            assert bound == {(c.virq, c.port) for c in domain.evtchn.channels() if c.state is State.VIRQ}
-            assert sum(bool(p) for v in domain.vcpus for p in v.virq_to_evtchn) == len(bound)
+            tables = [domain.evtchn.global_virq_to_evtchn, *(vcpu.virq_to_evtchn for vcpu in domain.vcpus)]
+            bound = [(virq, port) for table in tables for virq, port in enumerate(table) if port]
+            assert sorted(bound) == sorted((c.virq, c.port) for c in domain.evtchn.channels() if c.state is State.VIRQ)
 
     @invariant()
     def free_ports_are_clean_and_not_pending(self) -> None:

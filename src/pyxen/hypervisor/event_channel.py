@@ -116,6 +116,8 @@ class EventChannels:
         self.posted: dict[int, bool] = {}
         """port -> whether its pending bit is to be set or cleared, not yet in guest memory."""
         self.events_sent = 0
+        self.global_virq_to_evtchn = [0] * NR_VIRQS
+        """Of the domain, not of vCPU 0 as in Xen: dom0's software has no vCPU."""
         self._channels: list[Channel] = []
         self._lowest_free = 0
         self._destroyed = 0  # ports below are closed for good
@@ -215,14 +217,13 @@ class EventChannels:
         """
         if not 0 <= virq < NR_VIRQS or (virq_is_global(virq) and vcpu_id != 0):
             raise XenError(errno.EINVAL)
-        vcpu = self._vcpu(vcpu_id)
+        bound = self.global_virq_to_evtchn if virq_is_global(virq) else self._vcpu(vcpu_id).virq_to_evtchn
         with self.lock:
-            if vcpu.virq_to_evtchn[virq]:
+            if bound[virq]:
                 raise XenError(errno.EEXIST)
             chn = self._get_free_port()
             chn.notify_vcpu_id, chn.virq = vcpu_id, virq
-            port = self._allocated(chn, State.VIRQ)
-            vcpu.virq_to_evtchn[virq] = port
+            port = bound[virq] = self._allocated(chn, State.VIRQ)
             return port
 
     def bind_ipi(self, vcpu_id: int) -> EvtchnPort:
@@ -284,8 +285,10 @@ class EventChannels:
         if chn.state in (State.FREE, State.RESERVED) or (guest and chn.xen_consumer is not None):
             raise XenError(errno.EINVAL)
         if chn.state is State.VIRQ:
-            bound = self.domain.vcpus[chn.notify_vcpu_id if not virq_is_global(chn.virq) else 0].virq_to_evtchn
-            bound[chn.virq] = 0
+            if virq_is_global(chn.virq):
+                self.global_virq_to_evtchn[chn.virq] = 0
+            else:
+                self.domain.vcpus[chn.notify_vcpu_id].virq_to_evtchn[chn.virq] = 0
         elif chn.state is State.INTERDOMAIN:
             assert chn.remote is not None
             other = chn.remote.evtchn._channels[chn.remote_port]
@@ -466,12 +469,18 @@ class EventChannels:
     # --- VIRQs ------------------------------------------------------------------------------------
 
     def raise_virq(self, vcpu: Vcpu, virq: int) -> None:
-        """Set the port that ``virq`` is bound to on ``vcpu``, if any, pending (any thread)."""
-        port = vcpu.virq_to_evtchn[virq]
-        if not port:
+        """Set the port that a per-vCPU ``virq`` is bound to on ``vcpu``, if any, pending (any thread)."""
+        self._raise(vcpu.virq_to_evtchn, virq)
+
+    def raise_global_virq(self, virq: int) -> None:
+        """The same for a global VIRQ of the domain."""
+        self._raise(self.global_virq_to_evtchn, virq)
+
+    def _raise(self, bound: list[int], virq: int) -> None:
+        if not bound[virq]:
             return
         with self.lock:
-            port = vcpu.virq_to_evtchn[virq]
+            port = bound[virq]
             if not port:
                 return
             chn = self._channels[port]

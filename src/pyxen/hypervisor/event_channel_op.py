@@ -39,11 +39,11 @@ def do_event_channel_op(caller: Caller, cmd: int, arg: int) -> int:
             evtchn.close(abi.PORT.unpack(caller.read(arg, abi.PORT.size))[0])
         case EvtchnCmd.ALLOC_UNBOUND:
             domid, remote, _ = abi.ALLOC_UNBOUND.unpack(caller.read(arg, abi.ALLOC_UNBOUND.size))
-            port = hypervisor.domain(DomId(domid), caller).evtchn.alloc_unbound(DomId(remote), domain)
+            port = hypervisor.domain(DomId(domid), caller.domain).evtchn.alloc_unbound(DomId(remote), domain)
             caller.write(arg, abi.ALLOC_UNBOUND.pack(domid, remote, port))
         case EvtchnCmd.BIND_INTERDOMAIN:
             remote, remote_port, _ = abi.BIND_INTERDOMAIN.unpack(caller.read(arg, abi.BIND_INTERDOMAIN.size))
-            port = evtchn.bind_interdomain(hypervisor.domain(DomId(remote), caller), remote_port)
+            port = evtchn.bind_interdomain(hypervisor.domain(DomId(remote), caller.domain), remote_port)
             caller.write(arg, abi.BIND_INTERDOMAIN.pack(remote, remote_port, port))
         case EvtchnCmd.BIND_VIRQ:
             virq, vcpu_id, _ = abi.BIND_VIRQ.unpack(caller.read(arg, abi.BIND_VIRQ.size))
@@ -60,7 +60,7 @@ def do_event_channel_op(caller: Caller, cmd: int, arg: int) -> int:
             _status(caller, arg)
         case EvtchnCmd.RESET:
             (domid,) = abi.RESET.unpack(caller.read(arg, abi.RESET.size))
-            target = hypervisor.domain(DomId(domid), caller)
+            target = hypervisor.domain(DomId(domid), caller.domain)
             hypervisor.xsm.evtchn_reset(domain, target)
             target.evtchn.reset(caller, (cmd, arg))
         case _:
@@ -70,7 +70,7 @@ def do_event_channel_op(caller: Caller, cmd: int, arg: int) -> int:
 
 def _status(caller: Caller, arg: int) -> None:
     domid, port, _, _, word0, word1 = abi.STATUS.unpack(caller.read(arg, abi.STATUS_SIZE))
-    target = caller.domain.hypervisor.domain(DomId(domid), caller)
+    target = caller.domain.hypervisor.domain(DomId(domid), caller.domain)
     status, vcpu_id, value0, value1 = target.evtchn.status(port, caller.domain)
     # Only the member of the union that belongs to the status changes; a domid is 16 bits wide.
     match status:

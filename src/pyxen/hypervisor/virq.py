@@ -29,10 +29,10 @@ def send_guest_vcpu_virq(vcpu: Vcpu, virq: int) -> None:
 
 
 def send_guest_global_virq(domain: Domain | None, virq: int) -> None:
-    """Raise a global VIRQ of ``domain``; without domain or vCPU it is lost, as in Xen (any thread)."""
+    """Raise a global VIRQ of ``domain``, if there is one (any thread)."""
     assert virq_is_global(virq)
-    if domain is not None and domain.vcpus:
-        domain.evtchn.raise_virq(domain.vcpus[0], virq)
+    if domain is not None:
+        domain.evtchn.raise_global_virq(virq)
 
 
 class GlobalVirqs:
