@@ -4,7 +4,8 @@
 
 Runs are interleaved, so that a busy minute of the machine hits all contestants. CPU time is that of every process
 involved, host daemon and ``xl`` included, from nothing running to nothing running; the wall time printed beside it is
-from the command to the guest's first user line. The guest does a fixed piece of work (pyxen.mode=bench) before it powers off.
+from the command to the guest's first user line. The guest does a fixed piece of work (pyxen.mode=bench), then powers
+off.
 
     benchmarks/boot.py [--runs N] [--check]
 """
