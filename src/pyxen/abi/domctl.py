@@ -53,7 +53,8 @@ DOMINF_SHUTDOWN_SHIFT: Final = 16
 CREATEDOMAIN: Final = struct.Struct("<I16sI")
 """ssidref, handle, flags."""
 GETDOMAININFO: Final = struct.Struct("<H2xIQQQQQQQIII16sI4x")
-"""domain, flags, tot_pages, max_pages, outstanding_pages, shr_pages, paged_pages, shared_info_frame, cpu_time, nr_online_vcpus,
+"""domain, flags, tot_pages, max_pages, outstanding_pages, shr_pages, paged_pages, shared_info_frame, cpu_time,
+nr_online_vcpus,
 max_vcpu_id, ssidref, handle, cpupool."""
 MAX_MEM: Final = struct.Struct("<Q")
 VCPUCONTEXT: Final = struct.Struct("<I4xQ")

@@ -28,7 +28,8 @@ class Sysctl(IntEnum):
 READCONSOLE: Final = struct.Struct("<BBxxIQI4x")
 """clear, incremental, index, buffer (handle), count."""
 PHYSINFO: Final = struct.Struct("<IIIIIIIxxxxQQQQ32sI4x")
-"""threads_per_core, cores_per_socket, nr_cpus, max_cpu_id, nr_nodes, max_node_id, cpu_khz, total_pages, free_pages, scrub_pages,
+"""threads_per_core, cores_per_socket, nr_cpus, max_cpu_id, nr_nodes, max_node_id, cpu_khz, total_pages, free_pages,
+scrub_pages,
 outstanding_pages, hw_cap[8], capabilities."""
 SCHED_ID: Final = struct.Struct("<I")
 GETDOMAININFOLIST: Final = struct.Struct("<H2xIQI4x")

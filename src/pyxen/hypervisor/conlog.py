@@ -15,7 +15,8 @@ _REFILL_NS: Final = 100_000_000
 
 
 class ConsoleLog:
-    """A ring of text. Debug lines are kept only with ``verbose``; guests' lines are rate-limited one domain at a time."""
+    """A ring of text. Debug lines are kept only with ``verbose``; guests' lines are rate-limited one domain at a
+    time."""
 
     def __init__(self, now_ns: Callable[[], int], *, verbose: bool = False) -> None:
         self._lock = TicketLock("console ring")
@@ -39,7 +40,8 @@ class ConsoleLog:
         self._append(b"".join(out))
 
     def guest_printk(self, domid: int, text: str) -> None:
-        """A line about a guest's doing: at most ten, then one each 100 ms a domain, so that no guest can flush the ring."""
+        """A line about a guest's doing: at most ten, then one each 100 ms a domain, so that no guest can flush the
+        ring."""
         now = self._now()
         with self._lock:
             credit, since, suppressed = self._credit.get(domid, (_BURST, now, 0))

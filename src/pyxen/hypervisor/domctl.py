@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """HYPERVISOR_domctl: the versioned structures decoded (Xen 4.6: xen/common/domctl.c).
 
-A guest's request is decoded and then refused by XSM, not by absence. dom0's software usually comes through the typed functions
+A guest's request is decoded and then refused by XSM, not by absence. dom0's software usually comes through the typed
+functions
 of privcmd, which act through the same functions.
 """
 
@@ -14,8 +15,10 @@ from pyxen.abi import domctl as abi
 from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE
 from pyxen.abi.domctl import Domctl, DomInf
 from pyxen.errors import XenError
-from pyxen.hypervisor.domain import Domain, Dying, domain_resume
+from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
+
+_MAX_CONTROLLER_PAUSES = 255
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.hypercall import Caller
@@ -40,7 +43,7 @@ def getdomaininfo(domain: Domain) -> bytes:
     scheduler = domain.hypervisor.scheduler
     return abi.GETDOMAININFO.pack(
         domain.domid, flags | code << abi.DOMINF_SHUTDOWN_SHIFT, domain.tot_pages, domain.max_pages, 0, 0, 0,
-        domain.shared_info_mfn, sum(scheduler.cpu_time_ns(v) for v in domain.vcpus), len(online),
+        domain.shared_info_mfn, sum(scheduler.vcpu_cpu_time(v) for v in domain.vcpus), len(online),
         max(len(domain.vcpus) - 1, 0), 0, domain.handle, domain.cpupool,
     )
 
@@ -63,7 +66,7 @@ def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
     try:
         set_guest_context(vcpu.pv, data)
         if vcpu_id == 0 or int.from_bytes(data[512:520], "little") & 32:
-            scheduler.clear_pause_flag(vcpu, PauseFlag.DOWN)
+            scheduler.vcpu_up(vcpu)
     finally:
         scheduler.domain_unpause(domain)
 
@@ -86,6 +89,24 @@ def set_max_mem(domain: Domain, kb: int) -> None:
     if domain.dying is not Dying.ALIVE:
         raise XenError(errno.EINVAL)
     domain.max_pages = kb >> 2
+
+
+def pause_by_controller(domain: Domain) -> None:
+    """domain_pause_by_systemcontroller: counted, and the domain is not running when this returns. EUSERS past 255."""
+    with domain.pause_lock:
+        if domain.controller_pause_count >= _MAX_CONTROLLER_PAUSES:
+            raise XenError(errno.EUSERS)
+        domain.controller_pause_count += 1
+    domain.hypervisor.scheduler.domain_pause(domain)
+
+
+def unpause_by_controller(domain: Domain) -> None:
+    """domain_unpause_by_systemcontroller. EINVAL if it is not paused."""
+    with domain.pause_lock:
+        if domain.controller_pause_count <= 0:
+            raise XenError(errno.EINVAL)
+        domain.controller_pause_count -= 1
+    domain.hypervisor.scheduler.domain_unpause(domain)
 
 
 def _create(hypervisor: Hypervisor, request: bytes) -> int:
@@ -133,9 +154,9 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         if not lifecycle.domain_kill(domain):
             raise Preempted((arg,))
     elif command == Domctl.PAUSEDOMAIN:
-        domain.hypervisor.scheduler.domain_pause_by_systemcontroller(domain)
+        pause_by_controller(domain)
     elif command == Domctl.UNPAUSEDOMAIN:
-        domain.hypervisor.scheduler.domain_unpause_by_systemcontroller(domain)
+        unpause_by_controller(domain)
     elif command == Domctl.MAX_MEM:
         set_max_mem(domain, abi.MAX_MEM.unpack_from(request, abi.UNION)[0])
     elif command == Domctl.MAX_VCPUS:
@@ -157,20 +178,20 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         flags = vcpu.pause_flags
         caller.write(union, abi.GETVCPUINFO.pack(
             vcpu.vcpu_id, not flags & PauseFlag.DOWN, bool(flags & PauseFlag.BLOCKED), vcpu.is_running,
-            domain.hypervisor.scheduler.cpu_time_ns(vcpu), vcpu.processor))
+            domain.hypervisor.scheduler.vcpu_cpu_time(vcpu), vcpu.processor))
     elif command == Domctl.SETDOMAINHANDLE:
         domain.handle = request[abi.UNION : abi.UNION + 16]
     elif command == Domctl.RESUMEDOMAIN:
-        domain_resume(domain)
+        domain.hypervisor.scheduler.domain_resume(domain)
     elif command == Domctl.SCHEDULER_OP:
         scheduler_id, what, weight, cap = abi.SCHEDULER_OP.unpack_from(request, abi.UNION)
         if scheduler_id != abi.SCHEDULER_CREDIT or what not in (abi.SCHEDOP_PUTINFO, abi.SCHEDOP_GETINFO):
             raise XenError(errno.EINVAL)
-        ops = domain.hypervisor.scheduler.policy
+        ops = domain.hypervisor.scheduler.ops
         if what == abi.SCHEDOP_PUTINFO:
-            ops.adjust(domain, weight=weight or None, cap=None if cap == 0xFFFF else cap)
-        now = ops.parameters(domain)
-        caller.write(union, abi.SCHEDULER_OP.pack(scheduler_id, what, now["weight"], now["cap"]))
+            ops.adjust(domain, weight or None, None if cap == 0xFFFF else cap)
+        weight, cap = ops.parameters(domain)
+        caller.write(union, abi.SCHEDULER_OP.pack(scheduler_id, what, weight, cap))
     elif command == Domctl.SET_MAX_EVTCHN:
         domain.evtchn.max_port = int.from_bytes(request[abi.UNION : abi.UNION + 4], "little")
     elif command != Domctl.HYPERCALL_INIT:

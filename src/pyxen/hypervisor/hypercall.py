@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The mechanism of hypercalls: continuations, and the one dispatch point (Xen: xen/arch/x86/hypercall.c, xen/common/multicall.c).
+"""The mechanism of hypercalls: continuations, and the one dispatch point (Xen: xen/arch/x86/hypercall.c,
+xen/common/multicall.c).
 
 Which number calls what is a table of its own, :mod:`pyxen.hypervisor.hypercall_table`.
 
@@ -29,7 +30,7 @@ PREEMPT_NS = 500_000
 _now = time.perf_counter_ns  # budgets of our own work, not guest-visible time: they stay real under a virtual clock
 
 
-class Preempted(Exception):  # noqa: N818 - a control transfer, not an error
+class Preempted(Exception):
     """A handler did part of its work and wants to be called again with ``arguments``.
 
     The guest re-executes its hypercall instruction with these argument registers; a dom0 caller is looped.

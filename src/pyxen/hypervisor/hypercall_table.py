@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Which hypercall number calls what, and with how many arguments (Xen: hypercall_args_table in xen/arch/x86/x86_64/entry.S)."""
+"""Which hypercall number calls what, and with how many arguments (Xen: hypercall_args_table in
+xen/arch/x86/x86_64/entry.S)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from pyxen.abi.xen import NR_HYPERCALLS, Hypercall
 from pyxen.hypervisor.domctl import do_domctl
 from pyxen.hypervisor.event_channel_op import do_event_channel_op, do_event_channel_op_compat
-from pyxen.hypervisor.grant_table_op import do_grant_table_op
+from pyxen.hypervisor.grant_table import do_grant_table_op
 from pyxen.hypervisor.hypercall import Entry, Handler
 from pyxen.hypervisor.memory_op import do_memory_op
 from pyxen.hypervisor.misc_op import do_console_io, do_physdev_op, do_vm_assist, make_multicall
@@ -64,7 +65,8 @@ _GUEST: tuple[tuple[Hypercall, Handler, int], ...] = (
 
 
 def build_table(*, guest: bool = True) -> Table:
-    """The table of a PV guest's hypercalls or, without ``guest``, of those that make sense without a running vCPU (dom0's software).
+    """The table of a PV guest's hypercalls or, without ``guest``, of those that make sense without a running vCPU
+    (dom0's software).
 
     HYPERVISOR_iret is not here: it has no result, and the entry code does it (x86/pv/iret.py).
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pyxen.abi.xen import DOMID_FIRST_RESERVED, DOMID_IO, DOMID_SELF, DOMID_XEN, DomId
 from pyxen.errors import XenError
 from pyxen.hypervisor.conlog import ConsoleLog
-from pyxen.hypervisor.domain import Domain, ShutdownCode, domain_shutdown
+from pyxen.hypervisor.domain import Domain, ShutdownCode
 from pyxen.hypervisor.event_channel import EventChannels
 from pyxen.hypervisor.frames import FrameTable
 from pyxen.hypervisor.grant_table import GrantTable
@@ -26,7 +26,6 @@ from pyxen.hypervisor.xsm import Xsm
 from pyxen.machine.frame_allocator import FrameAllocator
 
 if TYPE_CHECKING:
-    from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.machine.clock import Clock
     from pyxen.machine.cpu.base import Context, Cpu
     from pyxen.machine.memory import Memory
@@ -137,7 +136,7 @@ class Hypervisor:
                 self.log.printk("  ".join(f"{n}: {gpr[i]:016x}" for i, n in enumerate(names[:4])))
                 self.log.printk("  ".join(f"{n}: {gpr[i + 4]:016x}" for i, n in enumerate(names[4:])))
                 self.log.printk(f"rip: {gpr[16]:016x}  cr2: {cpu.cr2:016x}  flags: {cpu.flags:08x}")
-        domain_shutdown(domain, ShutdownCode.CRASH)
+        self.scheduler.domain_shutdown(domain, ShutdownCode.CRASH)
 
     def send_global_virq(self, virq: int) -> None:
         """send_global_virq()."""

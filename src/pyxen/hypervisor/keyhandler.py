@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Debug keys: ``xl debug-keys`` (Xen: xen/common/keyhandler.c). The output goes to the console ring, in Xen's layout."""
+"""Debug keys: ``xl debug-keys`` (Xen: xen/common/keyhandler.c). The output goes to the console ring, in Xen's
+layout."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.event_channel_op import dump_evtchn_info
-from pyxen.hypervisor.grant_table_op import dump_grant_tables
+from pyxen.hypervisor.grant_table import dump_grant_tables
 from pyxen.hypervisor.vcpu import PauseFlag
+from pyxen.machine.cpu.base import GPR_NAMES
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.hypervisor import Hypervisor
@@ -72,10 +74,9 @@ def _dump_registers(hypervisor: Hypervisor) -> None:
             finally:
                 hypervisor.scheduler.vcpu_unpause(vcpu)
             printk(f"*** Dumping CPU{vcpu.processor} guest state ({vcpu!r}): ***")
-            names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
             printk(f"RIP: {registers.gpr[16]:016x}  RFLAGS: {registers.flags:08x}  CR3: {registers.cr3:016x}")
             for i in range(0, 16, 4):
-                printk("  ".join(f"{names[j]}: {registers.gpr[j]:016x}" for j in range(i, i + 4)))
+                printk("  ".join(f"{GPR_NAMES[j]}: {registers.gpr[j]:016x}" for j in range(i, i + 4)))
 
 
 def _memory_info(hypervisor: Hypervisor) -> None:

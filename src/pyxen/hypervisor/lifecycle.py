@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Creating and destroying domains (Xen: xen/common/domain.c, xen/arch/x86/domain.c, domctl.c).
 
-Destroying is incremental: :func:`domain_kill` does a slice of it and says whether it is done; whoever drives it can stop between
+Destroying is incremental: :func:`domain_kill` does a slice of it and says whether it is done; whoever drives it can
+stop between
 slices and go on later.  From the first slice on the domain is *dying* and runs no more.
 """
 
@@ -15,14 +16,14 @@ from pyxen.abi.xen import MAX_LEGACY_VCPUS, VCPU_INFO_SIZE, DomId, VcpuId
 from pyxen.errors import XenError
 from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.event_channel import EventChannels
-from pyxen.hypervisor.grant_map import release_mappings
 from pyxen.hypervisor.grant_table import GrantTable
+from pyxen.hypervisor.schedule import vcpu_down_at_creation
 from pyxen.hypervisor.time import update_domain_wallclock, update_vcpu_system_time
 from pyxen.hypervisor.vcpu import Vcpu
 from pyxen.hypervisor.vcpu_info import unmap_vcpu_info
 from pyxen.hypervisor.x86.pv import gdt, ldt
 from pyxen.hypervisor.x86.pv.domain import PvDomain, PvMode
-from pyxen.hypervisor.x86.pv.mm import drop_guest_tables, relinquish_memory
+from pyxen.hypervisor.x86.pv.mm import relinquish_memory
 from pyxen.hypervisor.x86.pv.traps import PvTraps
 from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
 
@@ -34,7 +35,8 @@ MAX_VCPUS: Final = 128
 
 
 def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: PvMode) -> Domain:
-    """A new PV domain: paused by its controller, no memory, no vCPU. ENOMEM without frames, EINVAL for a wrong count."""
+    """A new PV domain: paused by its controller, no memory, no vCPU. ENOMEM without frames, EINVAL for a wrong
+    count."""
     if not 1 <= max_vcpus <= MAX_VCPUS or len(handle) != 16:
         raise XenError(errno.EINVAL)
     domid = hypervisor.new_domid()
@@ -49,7 +51,7 @@ def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: P
         domain.pv.release()
         raise
     hypervisor.frames.domains[domid] = domain
-    hypervisor.scheduler.init_domain(domain)
+    hypervisor.scheduler.domain_init(domain)
     update_domain_wallclock(domain)
     with hypervisor.domain_list:
         hypervisor.domains[domid] = domain
@@ -67,7 +69,8 @@ def create_vcpus(domain: Domain) -> None:
         if vcpu_id < MAX_LEGACY_VCPUS:
             vcpu.info_maddr = (domain.shared_info_mfn << 12) + vcpu_id * VCPU_INFO_SIZE
         domain.vcpus.append(vcpu)
-        hypervisor.scheduler.init_vcpu(vcpu)
+        vcpu_down_at_creation(vcpu)
+        hypervisor.scheduler.vcpu_init(vcpu)
         if vcpu.info_maddr:
             update_vcpu_system_time(vcpu)
 
@@ -80,6 +83,8 @@ def domain_begin_kill(domain: Domain) -> None:
             return
         domain.dying = Dying.DYING
     hypervisor.scheduler.domain_pause(domain)  # synchronous: returns when no engine is inside
+    for vcpu in domain.vcpus:
+        hypervisor.scheduler.vcpu_stop_timers(vcpu)
 
 
 def domain_kill(domain: Domain) -> bool:
@@ -92,13 +97,11 @@ def domain_kill(domain: Domain) -> bool:
         return False
     if not domain.evtchn.destroy():
         return False
-    if not release_mappings(domain):
+    if not domain.grant_table.release_mappings():
         return False
     for vcpu in domain.vcpus:
         gdt.destroy_gdt(vcpu.pv)
         ldt.invalidate(vcpu.pv)
-        if not drop_guest_tables(vcpu.pv):
-            return False
         if vcpu.info_mfn is not None:
             unmap_vcpu_info(vcpu)
     if not relinquish_memory(domain):
@@ -110,9 +113,9 @@ def domain_kill(domain: Domain) -> bool:
 def _finish(hypervisor: Hypervisor, domain: Domain) -> None:
     domain.dying = Dying.DEAD
     for vcpu in domain.vcpus:
-        hypervisor.scheduler.destroy_vcpu(vcpu)
+        hypervisor.scheduler.vcpu_destroy(vcpu)
         vcpu.info_maddr = 0
-    hypervisor.scheduler.destroy_domain(domain)
+    hypervisor.scheduler.domain_destroy(domain)
     domain.grant_table.destroy()
     hypervisor.frames.free_xenheap(domain.shared_info_mfn)
     domain.shared_info_mfn = 0

@@ -5,7 +5,8 @@ Xen's ticket locks spin; spinning under the GIL would keep the owner from runnin
 primitive lock of its own and the owner hands over in FIFO order.  The free case is one C-level ``acquire``.
 
 Lock order (outermost first): hypervisor.domain_list -> domain.lock -> grant_table.lock -> domain.page_lock
--> event_lock -> runqueue.  None is held across ``await`` or file I/O.  The lock is recursive, as Xen's domain and page_alloc locks are.
+-> event_lock -> runqueue.  None is held across ``await`` or file I/O.  The lock is recursive, as Xen's domain and
+page_alloc locks are.
 """
 
 from __future__ import annotations

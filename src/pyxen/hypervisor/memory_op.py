@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """HYPERVISOR_memory_op (Xen: xen/common/memory.c, xen/arch/x86/mm.c arch_memory_op, x86_64/mm.c).
 
-Extent loops return how many extents were done, as Xen's do; a continuation carries that number in the command's upper bits.
+Extent loops return how many extents were done, as Xen's do; a continuation carries that number in the command's
+upper bits.
 """
 
 from __future__ import annotations
 
 import errno
 import struct
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 from pyxen.abi import memory as abi
 from pyxen.abi.arch_x86 import MACH2PHYS_VIRT_START
@@ -37,7 +39,8 @@ def do_memory_op(caller: Caller, command: int, arg: int) -> int:
     handler = _OPERATIONS.get(operation)
     if handler is None:
         raise XenError(errno.ENOSYS)
-    return handler(caller, arg)
+    result: int = handler(caller, arg)
+    return result
 
 
 def _target(caller: Caller, domid: int) -> Domain:
@@ -250,7 +253,7 @@ def _get_vnumainfo(caller: Caller, arg: int) -> int:
     raise XenError(errno.EOPNOTSUPP)  # no domain has a virtual NUMA topology
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[int, Callable[[Caller, int], Any]] = {
     Xenmem.MAXIMUM_RAM_PAGE: _maximum_ram_page,
     Xenmem.CURRENT_RESERVATION: _current_reservation,
     Xenmem.MAXIMUM_RESERVATION: _maximum_reservation,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Small hypercalls: console_io, vm_assist, multicall, physdev_op (Xen: drivers/char/console.c, common/kernel.c, common/multicall.c,
+"""Small hypercalls: console_io, vm_assist, multicall, physdev_op (Xen: drivers/char/console.c, common/kernel.c,
+common/multicall.c,
 arch/x86/physdev.c)."""
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 """The hypervisor's only face to dom0's software: toolstack, xenstored, back ends.
 
 Everything here acts as domain 0, passes XSM, and reaches the mechanisms through the same functions as a guest's
-hypercall.  :meth:`PrivCmd.hypercall` takes a number and ABI bytes (what ``/dev/xen/privcmd`` takes from libxenctrl); the other methods
+hypercall.  :meth:`PrivCmd.hypercall` takes a number and ABI bytes (what ``/dev/xen/privcmd`` takes from libxenctrl);
+the other methods
 are typed forms of what is used often.  All may be called from any thread; what takes long is ``async`` and yields.
 
 Errors: XenError with Xen's errno.
@@ -23,7 +24,7 @@ from pyxen.abi.sysctl import Sysctl
 from pyxen.abi.xen import MASK64, DomId, EvtchnPort, Gfn, GrantRef, Hypercall, VcpuId
 from pyxen.errors import GuestAccessError, XenError
 from pyxen.hypervisor import domctl, keyhandler, lifecycle
-from pyxen.hypervisor.domain import Domain, Dying, domain_shutdown
+from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.grant_map import BackendMapping, map_for_backend
 from pyxen.hypervisor.hypercall import Preempted, call
 from pyxen.hypervisor.hypercall_table import build_table
@@ -238,26 +239,29 @@ class PrivCmd:
         lifecycle.domain_begin_kill(domain)
 
     async def domain_destroy(self, domid: int) -> None:
-        """Destroy in slices of half a millisecond. Cancelled, it can be called again and goes on. ESRCH if it is gone."""
+        """Destroy in slices of half a millisecond. Cancelled, it can be called again and goes on. ESRCH if it is
+        gone."""
         domain = self._target(domid, Domctl.DESTROYDOMAIN)
         if domain.is_privileged:
             raise XenError(errno.EINVAL)
-        while not lifecycle.domain_kill(domain):
-            await asyncio.sleep(0)
+        done = False
+        while not done:
+            done = lifecycle.domain_kill(domain)
+            await asyncio.sleep(0)  # each slice is short: let others in between
 
     def domain_pause(self, domid: int) -> None:
         """XEN_DOMCTL_pausedomain; counted."""
-        self._hypervisor.scheduler.domain_pause_by_systemcontroller(self._target(domid, Domctl.PAUSEDOMAIN))
+        domctl.pause_by_controller(self._target(domid, Domctl.PAUSEDOMAIN))
 
     def domain_unpause(self, domid: int) -> None:
         """XEN_DOMCTL_unpausedomain. EINVAL if it is not paused."""
-        self._hypervisor.scheduler.domain_unpause_by_systemcontroller(self._target(domid, Domctl.UNPAUSEDOMAIN))
+        domctl.unpause_by_controller(self._target(domid, Domctl.UNPAUSEDOMAIN))
 
     def domain_shutdown(self, domid: int, code: int) -> None:
         """SCHEDOP_remote_shutdown: the domain stops where it is, with this reason."""
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.schedop_shutdown(self._dom0, domain)
-        domain_shutdown(domain, code)
+        self._hypervisor.scheduler.domain_shutdown(domain, code)
 
     def domain_set_handle(self, domid: int, handle: bytes) -> None:
         """XEN_DOMCTL_setdomainhandle: 16 bytes."""
@@ -274,7 +278,7 @@ class PrivCmd:
         online = [v for v in domain.vcpus if not v.pause_flags & PauseFlag.DOWN]
         return DomainInfo(
             domid=domain.domid, handle=domain.handle, tot_pages=domain.tot_pages, max_pages=domain.max_pages,
-            shared_info_mfn=domain.shared_info_mfn, cpu_time_ns=sum(scheduler.cpu_time_ns(v) for v in domain.vcpus),
+            shared_info_mfn=domain.shared_info_mfn, cpu_time_ns=sum(scheduler.vcpu_cpu_time(v) for v in domain.vcpus),
             online_vcpus=len(online), max_vcpus=domain.max_vcpus, dying=domain.dying is not Dying.ALIVE,
             shutdown=domain.is_shut_down, shutdown_code=domain.shutdown_code if domain.is_shut_down else -1,
             paused=domain.controller_pause_count > 0,
@@ -313,8 +317,10 @@ class PrivCmd:
         domain = lifecycle.find(self._hypervisor, domid)
         scheduler = self._hypervisor.scheduler
         return [
-            VcpuInfo(v.vcpu_id, not v.pause_flags & PauseFlag.DOWN, bool(v.pause_flags & PauseFlag.BLOCKED), v.is_running,
-                     scheduler.cpu_time_ns(v), v.processor, v.hard_affinity, v.soft_affinity)
+            VcpuInfo(
+                v.vcpu_id, not v.pause_flags & PauseFlag.DOWN, bool(v.pause_flags & PauseFlag.BLOCKED), v.is_running,
+                scheduler.vcpu_cpu_time(v), v.processor, v.hard_affinity, v.soft_affinity,
+            )
             for v in domain.vcpus
         ]
 
@@ -366,7 +372,8 @@ class PrivCmd:
         return _OVERHEAD_KB + 8 * max_vcpus
 
     def populate_physmap(self, domid: int, pfns: Sequence[int]) -> list[range]:
-        """XENMEM_populate_physmap in bulk: frames as contiguous runs, in the order of ``pfns``. ENOMEM: all or nothing."""
+        """XENMEM_populate_physmap in bulk: frames as contiguous runs, in the order of ``pfns``. ENOMEM: all or
+        nothing."""
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.memory_adjust_reservation(self._dom0, domain)
         frames = self._hypervisor.frames
@@ -386,7 +393,8 @@ class PrivCmd:
     def foreign_map(self, domid: int, gfn: int, count: int = 1, writable: bool = True) -> Mapping:
         """Map frames of a domain (for a PV domain gfn = mfn). EINVAL if one is not the domain's.
 
-        As a mapping in dom0's page tables would, it holds references; a writable one is refused (EINVAL) for a frame that
+        As a mapping in dom0's page tables would, it holds references; a writable one is refused (EINVAL) for a frame
+        that
         is a page table or descriptor page.
         """
         domain = lifecycle.find(self._hypervisor, domid)
@@ -435,16 +443,15 @@ class PrivCmd:
 
     def sched_credit_set(self, domid: int, *, weight: int | None = None, cap: int | None = None) -> None:
         """Credit parameters. EINVAL out of range."""
-        self._hypervisor.scheduler.policy.adjust(self._target(domid, Domctl.SCHEDULER_OP), weight=weight, cap=cap)
+        self._hypervisor.scheduler.ops.adjust(self._target(domid, Domctl.SCHEDULER_OP), weight, cap)
 
     def sched_credit_get(self, domid: int) -> tuple[int, int]:
         """(weight, cap)."""
-        found = self._hypervisor.scheduler.policy.parameters(self._target(domid, Domctl.SCHEDULER_OP))
-        return found["weight"], found["cap"]
+        return self._hypervisor.scheduler.ops.parameters(self._target(domid, Domctl.SCHEDULER_OP))
 
     def sched_credit_parameters(self) -> tuple[int, int]:
         """(timeslice in ms, rate limit in us)."""
-        found = self._hypervisor.scheduler.policy.global_parameters()
+        found = self._hypervisor.scheduler.ops.global_parameters()
         return found["tslice_ms"], found["ratelimit_us"]
 
     # --- host ------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ _MAX_KEYS: Final = 256
 
 
 def hardware_caps() -> tuple[int, ...]:
-    """boot_cpu_data.x86_capability as XEN_SYSCTL_physinfo shows it: 1.EDX, 0x80000001.EDX, 1.ECX, 0x80000001.ECX, 7.EBX."""
+    """boot_cpu_data.x86_capability as XEN_SYSCTL_physinfo shows it: 1.EDX, 0x80000001.EDX, 1.ECX, 0x80000001.ECX,
+    7.EBX."""
     policy = CpuidPolicy()
     basic, extended, seven = policy.leaf(1, 0), policy.leaf(0x80000001, 0), policy.leaf(7, 0)
     return basic[3], extended[3], 0, 0, basic[2], 0, extended[2], seven[1]

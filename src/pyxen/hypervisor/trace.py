@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Trace points (xen/include/public/trace.h). Every mechanism calls :meth:`Trace.event` behind ``if trace.enabled``.
 
-Records are kept as Xen writes them: a 32-bit word with event, extra-word count and cycle flag, an optional 64-bit TSC, then the words.
+Records are kept as Xen writes them: a 32-bit word with event, extra-word count and cycle flag, an optional 64-bit
+TSC, then the words.
 The per-CPU buffers that xentrace maps come with the tracing issue; this is the one place that will feed them.
 """
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""CPUID as guests see it: a policy over what the engine executes, and Xen's own leaves (xen/include/public/arch-x86/cpuid.h).
+"""CPUID as guests see it: a policy over what the engine executes, and Xen's own leaves
+(xen/include/public/arch-x86/cpuid.h).
 
-The modelled CPU is QEMU 5.0's x86-64 without what a PV guest may not have (PSE, PGE, MTRR, VME, APIC timers' deadline, AVX and
+The modelled CPU is QEMU 5.0's x86-64 without what a PV guest may not have (PSE, PGE, MTRR, VME, APIC timers'
+deadline, AVX and
 XSAVE: the engine has no YMM state).
 """
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """MSRs as a PV kernel sees them (Xen: xen/arch/x86/traps.c, the RDMSR and WRMSR cases of emulate_privileged_op).
 
-Writes to MSRs that are not the guest's are ignored, as Xen ignores them; reads of MSRs that the modelled CPU has not raise #GP.
+Writes to MSRs that are not the guest's are ignored, as Xen ignores them; reads of MSRs that the modelled CPU has not
+raise #GP.
 """
 
 from __future__ import annotations

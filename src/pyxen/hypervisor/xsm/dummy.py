@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The dummy security policy: what Xen allows without FLASK (xen/include/xsm/dummy.h).
 
-Hooks are named as Xen's. The first argument is the domain that acts.  Each hook has one of four defaults: *hook* (anyone), *target*
-(oneself, the domain one is the device model of, or a privileged domain), *priv* (privileged only), *other* (spelled out).  A refusal is
+Hooks are named as Xen's. The first argument is the domain that acts.  Each hook has one of four defaults: *hook*
+(anyone), *target*
+(oneself, the domain one is the device model of, or a privileged domain), *priv* (privileged only), *other* (spelled
+out).  A refusal is
 XenError(EPERM).
 """
 
@@ -111,7 +113,9 @@ class Xsm:
         """*priv*."""
         _privileged(current)
 
-    def mmu_update(self, current: Domain, page_table_domain: Domain | None, foreign: Domain | None, flags: int = 0) -> None:
+    def mmu_update(
+        self, current: Domain, page_table_domain: Domain | None, foreign: Domain | None, flags: int = 0
+    ) -> None:
         """*target* for both the owner of the tables and the owner of the frames they map."""
         _target(current, page_table_domain)
         _target(current, foreign)

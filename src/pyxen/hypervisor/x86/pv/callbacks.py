@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Where a PV guest says how it wants to be entered, and its few registers of the vCPU
-(Xen: xen/arch/x86/pv/callback.c, traps.c, mm.c: set_trap_table, set_callbacks, callback_op, stack_switch, set_segment_base, debugreg)."""
+(Xen: xen/arch/x86/pv/callback.c, traps.c, mm.c: set_trap_table, set_callbacks, callback_op, stack_switch,
+set_segment_base, debugreg)."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from pyxen.abi import arch_x86 as arch
 from pyxen.errors import XenError
 from pyxen.hypervisor.x86.msr import canonical
 from pyxen.hypervisor.x86.pv import emulate
-from pyxen.hypervisor.x86.pv.iret import SegmentFault, find_descriptor
 from pyxen.hypervisor.x86.pv.descriptors import segment_base
+from pyxen.hypervisor.x86.pv.iret import SegmentFault, find_descriptor
 from pyxen.machine.cpu.base import Seg
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ def set_guest_context(pv: PvVcpu, data: bytes) -> None:
     if not in_kernel and not user_root:
         raise XenError(errno.EINVAL)
     install_guest_tables(pv, c.ctrlreg[3] >> 12, user_root)
-    gdt.set_gdt(pv, [mfn for mfn in c.gdt_frames[: (c.gdt_ents + 511) // 512]], c.gdt_ents)
+    gdt.set_gdt(pv, list(c.gdt_frames[: (c.gdt_ents + 511) // 512]), c.gdt_ents)
     ldt.set_ldt(pv, c.ldt_base, c.ldt_ents)
     pv.trap_table = [None] * 256
     for index, (_vector, flags, cs, address) in enumerate(c.traps):
@@ -116,8 +116,10 @@ def get_guest_context(pv: PvVcpu) -> bytes:
         traps=[(i, e[0], e[1], e[2]) if (e := pv.trap_table[i]) else (i, 0, 0, 0) for i in range(256)],
         ldt_base=pv.ldt_base, ldt_ents=pv.ldt_ents, gdt_frames=frames, gdt_ents=pv.gdt_ents,
         kernel_ss=pv.kernel_ss, kernel_sp=pv.kernel_sp,
-        ctrlreg=[0x80050033 | (8 if pv.cr0_ts else 0), pv.guest_table_user << 12, pv.memory.q[(pv.vcpu.info_maddr + 16) >> 3],
-                 pv.guest_table << 12, pv.guest_cr4, 0, 0, 0],
+        ctrlreg=[
+            0x80050033 | (8 if pv.cr0_ts else 0), pv.guest_table_user << 12,
+            pv.memory.q[(pv.vcpu.info_maddr + 16) >> 3], pv.guest_table << 12, pv.guest_cr4, 0, 0, 0,
+        ],
         debugreg=list(pv.debugreg),
         event_callback=pv.event_callback, failsafe_callback=pv.failsafe_callback, syscall_callback=pv.syscall_callback,
         vm_assist=pv.domain.vm_assist & 0xF, fs_base=r.bases[Seg.FS],

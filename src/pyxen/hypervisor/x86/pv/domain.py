@@ -18,7 +18,8 @@ PvMode = Literal["exact", "fast"]
 class PvDomain:
     """PV state of a domain.
 
-    ``mode`` is how the guest kernel runs: ``exact`` at CPL 3 with a page-table root each for kernel and user, as Xen on x86-64;
+    ``mode`` is how the guest kernel runs: ``exact`` at CPL 3 with a page-table root each for kernel and user, as Xen
+    on x86-64;
     ``fast`` at CPL 1, where a switch between kernel and user needs no new root.
     """
 

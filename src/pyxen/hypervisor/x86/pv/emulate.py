@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Privileged instructions of PV guests, emulated at the #GP or #UD they cause (Xen: xen/arch/x86/traps.c, emulate_privileged_op).
+"""Privileged instructions of PV guests, emulated at the #GP or #UD they cause (Xen: xen/arch/x86/traps.c,
+emulate_privileged_op).
 
-Instructions are decoded by iced-x86; what was decoded is remembered by its bytes, since a kernel executes few distinct ones.
+Instructions are decoded by iced-x86; what was decoded is remembered by its bytes, since a kernel executes few
+distinct ones.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ def privileged_op(pv: PvVcpu, cpu: Cpu, rip: int) -> int | None:
 
 
 def forced_op(pv: PvVcpu, cpu: Cpu, rip: int) -> int | None:
-    """Emulate an instruction behind Xen's forced-emulation prefix (CPUID is the one the ABI names); None if it is a plain #UD."""
+    """Emulate an instruction behind Xen's forced-emulation prefix (CPUID is the one the ABI names); None if it is a
+    plain #UD."""
     try:
         code = fetch(pv, rip)
     except GuestAccessError:
@@ -100,7 +103,7 @@ def forced_op(pv: PvVcpu, cpu: Cpu, rip: int) -> int | None:
     return rip + 7 & MASK64
 
 
-class _Restart(Exception):  # noqa: N818 - a string instruction made progress and is executed again
+class _Restart(Exception):
     pass
 
 
@@ -203,7 +206,7 @@ def _mov(pv: PvVcpu, cpu: Cpu, instruction: Instruction) -> bool:
     return False
 
 
-def _gpr(register: int) -> int:
+def _gpr(register: Register) -> int:
     return int(RegisterExt.number(register))
 
 

@@ -2,7 +2,8 @@
 """Fast mode only: far transfers and stack-segment loads of a guest kernel, with the meaning they have at CPL 3.
 
 In fast mode the kernel runs at CPL 1, but the ABI's selectors have RPL 3.  Xen's 64-bit code segment has DPL 1 in fast
-mode's GDT, so a far transfer to it (``iretq``, ``lretq``) and a load of SS raise #GP; what the instruction would have done at CPL 3 is done here.
+mode's GDT, so a far transfer to it (``iretq``, ``lretq``) and a load of SS raise #GP; what the instruction would
+have done at CPL 3 is done here.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def emulate(pv: PvVcpu, cpu: Cpu, rip: int) -> int | None:
         if instruction.code in (Code.MOV_SREG_RM16, Code.MOV_SREG_R32M16, Code.MOV_SREG_R64M16) and (
             instruction.op0_register == Register.SS and instruction.op1_kind == OpKind.REGISTER
         ):
-            return _stack_segment(pv, cpu, gpr[int(RegisterExt.number(instruction.op1_register))] & 0xFFFF, rip + found.length)
+            selector = gpr[int(RegisterExt.number(instruction.op1_register))] & 0xFFFF
+            return _stack_segment(pv, cpu, selector, rip + found.length)
     except GuestAccessError:
         return None
     return None

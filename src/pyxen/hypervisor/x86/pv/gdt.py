@@ -38,7 +38,8 @@ def set_gdt(pv: PvVcpu, mfns: list[int], entries: int) -> None:
     """Install ``entries`` descriptors in whole frames, each typed as a descriptor page. EINVAL if one cannot be."""
     if entries > FIRST_RESERVED_GDT_ENTRY:
         raise XenError(errno.EINVAL)
-    frames, taken = pv.hypervisor.frames, []
+    frames = pv.hypervisor.frames
+    taken: list[int] = []
     for mfn in mfns:
         if not frames.get_page_and_type(mfn, pv.domain, PGT_SEG_DESC):
             for done in taken:
@@ -66,7 +67,8 @@ def do_set_gdt(pv: PvVcpu, frame_list: int, entries: int) -> int:
 
 
 def do_update_descriptor(pv: PvVcpu, maddr: int, descriptor: int) -> int:
-    """HYPERVISOR_update_descriptor: one entry of a frame of the caller's, if it passes as a descriptor. EINVAL otherwise."""
+    """HYPERVISOR_update_descriptor: one entry of a frame of the caller's, if it passes as a descriptor. EINVAL
+    otherwise."""
     hypervisor = pv.hypervisor
     if maddr & 7:
         raise XenError(errno.EINVAL)

@@ -33,7 +33,7 @@ _CANONICAL_LOW: Final = 1 << 47
 _CANONICAL_HIGH: Final = MASK64 + 1 - _CANONICAL_LOW
 
 
-class SegmentFault(Exception):  # noqa: N818 - control flow inside this room
+class SegmentFault(Exception):
     """A selector the guest wants to return to cannot be loaded."""
 
 
@@ -93,8 +93,10 @@ def load_stack(pv: PvVcpu, cpu: Cpu, selector: int) -> None:
 def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
     """HYPERVISOR_iret: take a struct iret_context from the guest's stack; returns the address to continue at.
 
-    RAX, RCX and R11 come from the frame (RCX and R11 from RIP and RFLAGS with VGCF_in_syscall), the upcall mask from the
-    frame's IF. A frame that cannot be read crashes the domain; selectors that cannot be loaded reach the failsafe callback.
+    RAX, RCX and R11 come from the frame (RCX and R11 from RIP and RFLAGS with VGCF_in_syscall), the upcall mask from
+    the
+    frame's IF. A frame that cannot be read crashes the domain; selectors that cannot be loaded reach the failsafe
+    callback.
     """
     gpr = cpu.gpr
     sp = gpr[RSP]
@@ -126,7 +128,8 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
         gpr[RCX] = rcx
         gpr[R11] = r11
     pv.bytes[pv.vcpu.info_maddr + 1] = 0 if rflags & 0x200 else 1
-    if cs in pv.flat_code and (ss == FLAT_RING3_DS32 or (cs, ss) in pv.user_segments) and cpu.selector(_CS) in pv.flat_code:
+    flat = pv.flat_code
+    if cs in flat and (ss == FLAT_RING3_DS32 or (cs, ss) in pv.user_segments) and cpu.selector(_CS) in flat:
         cpu.set_selector(_CS, cs)
         cpu.set_selector(_SS, ss)
     else:
@@ -145,7 +148,8 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
 
 
 def failsafe(pv: PvVcpu, rip: int, rflags: int) -> int:
-    """An IRET that faulted: enter the failsafe callback; its frame starts with the data selectors (entry.S, failsafe_callback)."""
+    """An IRET that faulted: enter the failsafe callback; its frame starts with the data selectors (entry.S,
+    failsafe_callback)."""
     cpu = pv.cpu
     assert cpu is not None
     if not pv.failsafe_callback:

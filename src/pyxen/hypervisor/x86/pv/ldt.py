@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The LDT window: pages of a guest's LDT are typed and mapped when the CPU first looks into them (Xen: map_ldt_shadow_page)."""
+"""The LDT window: pages of a guest's LDT are typed and mapped when the CPU first looks into them (Xen:
+map_ldt_shadow_page)."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def invalidate(pv: PvVcpu) -> None:
 
 
 def handle_fault(pv: PvVcpu, va: int) -> bool:
-    """A #PF of the CPU's own access to the window: map the page. False if ``va`` is elsewhere or the guest has no such page."""
+    """A #PF of the CPU's own access to the window: map the page. False if ``va`` is elsewhere or the guest has no
+    such page."""
     window = ldt_va(pv.vcpu.vcpu_id)
     offset = va - window
     if not 0 <= offset < pv.ldt_ents * 8 or not pv.ldt_ents:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What Xen puts into a PV guest's address space: slots 256..271 of every validated L4 (Xen: xen/include/asm-x86/config.h).
+"""What Xen puts into a PV guest's address space: slots 256..271 of every validated L4 (Xen:
+xen/include/asm-x86/config.h).
 
 Two slots are used: 256 holds the machine-to-physical table, read-only, at its ABI address; 260 holds the per-domain
-area with each vCPU's GDT and LDT window.  The leaves of both are read-only, so a guest (at CPL 3, or at CPL 1 in fast mode, with
+area with each vCPU's GDT and LDT window.  The leaves of both are read-only, so a guest (at CPL 3, or at CPL 1 in
+fast mode, with
 CR0.WP set) can write neither.  The tables themselves are mapped nowhere.
 """
 
@@ -75,7 +77,8 @@ class XenSlots:
         return mfn
 
     def _xen_gdt(self, code64: int) -> int:
-        """Entries from selector 0xe000 on. In fast mode the 64-bit code segment has DPL 1: a far transfer to it with the ABI's
+        """Entries from selector 0xe000 on. In fast mode the 64-bit code segment has DPL 1: a far transfer to it with
+        the ABI's
         RPL 3 then faults, and is emulated as what it is at CPL 3 (see far.py)."""
         mfn = self._table()
         entry = mfn << 9

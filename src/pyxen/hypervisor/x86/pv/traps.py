@@ -143,10 +143,11 @@ class PvTraps:
         assert cpu is not None
         va = cpu.cr2
         if self.trace.enabled:
-            self.trace.event(trace.TRC_PV_PAGE_FAULT, pv.vcpu, rip & 0xFFFFFFFF, rip >> 32, va & 0xFFFFFFFF, va >> 32, error)
+            self.trace.event(trace.TRC_PV_PAGE_FAULT, pv.vcpu, rip, rip >> 32, va, va >> 32, error)
         if pv.kernel_mode:
             if not pv.exact and cpu.cpl() == 3:
-                # Fast mode: the kernel went to CPL 3 by a transfer the engine did by itself. Its place is CPL 1; try again there.
+                # Fast mode: the kernel went to CPL 3 by a transfer the engine did by itself. Its place is CPL 1; try
+                # again there.
                 cpu.set_cpl(1)
                 return rip
             if error & (_PF_PRESENT | _PF_WRITE | _PF_RESERVED) == _PF_PRESENT | _PF_WRITE:

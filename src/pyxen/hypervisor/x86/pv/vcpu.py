@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """``struct pv_vcpu``: a PV vCPU's state, its view of memory, and how control enters its kernel.
 
-Control enters the guest kernel by a *bounce frame* on its stack (create_bounce_frame in xen/arch/x86/x86_64/entry.S), whatever the
-reason: fault, software interrupt, system call, event.  Everything here runs on the thread of the engine that has the vCPU
+Control enters the guest kernel by a *bounce frame* on its stack (create_bounce_frame in
+xen/arch/x86/x86_64/entry.S), whatever the
+reason: fault, software interrupt, system call, event.  Everything here runs on the thread of the engine that has the
+vCPU
 loaded, except guest access to a vCPU that is not running.
 
 Guest memory is reached through the guest's own page tables with a small translation cache; it obeys the rules of a TLB:
@@ -253,7 +255,8 @@ class PvVcpu:
     def bounce(self, address: int, rip: int, flags: int, error: int | None, mask_events: bool) -> int:
         """create_bounce_frame: build the frame and return the address to continue at.
 
-        ``rip`` and ``flags`` are what the guest interrupted; raises GuestFault when its kernel stack cannot take the frame.
+        ``rip`` and ``flags`` are what the guest interrupted; raises GuestFault when its kernel stack cannot take the
+        frame.
         """
         cpu = self.cpu
         assert cpu is not None
@@ -342,8 +345,15 @@ class PvVcpu:
             return self.bounce(self.event_callback, rip, cpu.flags, None, True)
         return rip
 
+    def set_guest_context(self, data: bytes) -> None:
+        """VCPUOP_initialise: struct vcpu_guest_context. XenError(EINVAL)."""
+        from pyxen.hypervisor.x86.pv.context import set_guest_context
+
+        set_guest_context(self, data)
+
     def before_entry(self, cpu: Cpu) -> None:
-        """Last stop before the engine runs this vCPU: adopt the engine, apply posted events, deliver what is pending."""
+        """Last stop before the engine runs this vCPU: adopt the engine, apply posted events, deliver what is
+        pending."""
         self.cpu = cpu
         if self.fresh:
             self._first_entry(cpu)
@@ -361,7 +371,8 @@ class PvVcpu:
             cpu.gpr[16] = self.bounce(self.event_callback, cpu.gpr[16], cpu.flags, None, True)
 
     def _first_entry(self, cpu: Cpu) -> None:
-        """The context was set from outside: give the engine what a Context does not carry (tables, hidden parts of segments)."""
+        """The context was set from outside: give the engine what a Context does not carry (tables, hidden parts of
+        segments)."""
         from pyxen.hypervisor.x86.pv import iret, ldt
 
         self.fresh = False
