@@ -32,7 +32,8 @@ demo: $(VENV)/.run
 
 # Guests of our own. Without a compiler their tests are skipped, with the reason.
 guests:
-	@if command -v gcc >/dev/null; then $(MAKE) --no-print-directory -C guests; else echo "no gcc: guests/ not built"; fi
+	@if ! command -v gcc >/dev/null; then echo "no gcc: guests/ is not built, its tests are skipped"; \
+	elif [ -f guests/Makefile ]; then $(MAKE) --no-print-directory -C guests; fi
 
 test: venv guests
 	@$(BIN)/python -m pytest
