@@ -19,6 +19,7 @@ in cpu).
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from ctypes import c_bool, c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -82,6 +83,8 @@ HF_FROM_EFLAGS = 0x73100  # TF IOPL RF VM AC: the translator takes them from efl
 # --- CPUState and uc_struct ------------------------------------------------------------------------------------------
 CPU_INTERRUPT_REQUEST = 0x1c
 CPU_UC = 0x81a8
+UC_RAM_BLOCKS = 0x298     # ram_list.blocks; RAMBlock: mr, host, offset, used_length
+RAM_BLOCK_HOST, RAM_BLOCK_OFFSET, RAM_BLOCK_USED = 0x08, 0x10, 0x18
 INTERRUPT_HALT = 0x20     # CPU_INTERRUPT_HALT, which this engine never uses: unicorn_patches makes it "leave the run"
 
 # uc_err values that a run can end with (unicorn.h)
@@ -107,16 +110,20 @@ def unknown_build(what: str) -> EngineError:
     return EngineError(f"this build of the Unicorn engine is unknown to pyxen: {what}", hint=_HINT)
 
 
-def match(code: bytes, pattern: str, what: str) -> tuple[int, ...]:
-    """Match machine code against hex with holes of 4 (``DDDD``) and 1 byte (``BB``); returns the little-endian
-    values in the holes.
+def pattern(text: str) -> re.Pattern[bytes]:
+    """Machine code in lower-case hex with holes of four (``DDDD``) and one byte (``BB``), which become groups."""
+    expression = b"".join(
+        {"DDDD": b"(.{4})", "BB": b"(.)"}.get(part) or re.escape(bytes.fromhex(part))
+        for part in re.split("(DDDD|BB)", text.replace(" ", "")))
+    return re.compile(expression, re.DOTALL)
+
+
+def match(code: bytes, text: str, what: str) -> tuple[int, ...]:
+    """Match ``code`` from its start against a :func:`pattern`; returns the unsigned little-endian values in the holes.
 
     Raises EngineError when the code is different.
     """
-    expression = b"".join(
-        {"DDDD": b"(.{4})", "BB": b"(.)"}.get(part) or re.escape(bytes.fromhex(part))
-        for part in re.split("(DDDD|BB)", pattern.replace(" ", "")))
-    found = re.match(expression, code, re.DOTALL)
+    found = pattern(text).match(code)
     if found is None:
         raise unknown_build(f"{what} starts with {code[:16].hex()}")
     return tuple(int.from_bytes(group, "little") for group in found.groups())
@@ -149,6 +156,8 @@ class Library:
         self.path: str = bindings.uclib._name
         self._free = ctypes.CDLL(self.path)       # releases the GIL
         self._held = ctypes.PyDLL(self.path)      # keeps it: right for calls that take less than a microsecond
+
+        self.block_check = False                  # whether unicorn_blockcheck is installed
 
         # emu_start runs guest code: the one call that must let other Python threads go on.
         self.emu_start = self._free.uc_emu_start
@@ -204,6 +213,15 @@ def _window(address: int, size: int) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
 
 
+def peek(address: int, size: int) -> bytes:
+    """Memory of this process at an address that may be wrong: zeros where nothing is mapped."""
+    with open("/proc/self/mem", "rb", buffering=0) as memory:
+        try:
+            return os.pread(memory.fileno(), size, address).ljust(size, b"\0")
+        except (OSError, OverflowError):
+            return bytes(size)
+
+
 class State:
     """Typed windows into one engine's uc, cpu and env. They live as long as the engine does."""
 
@@ -221,6 +239,13 @@ class State:
         self.no_exit_request = _window(uc_pointer + lib.uc_no_exit_request, 1)
 
 
+    def ram_is(self, host: int, size: int) -> bool:
+        """Whether the engine's only RAM block starts at ``host`` and is ``size`` bytes: unicorn_dirty counts on it."""
+        block = int.from_bytes(peek(self.uc + UC_RAM_BLOCKS, 8), "little")
+        fields = peek(block + RAM_BLOCK_HOST, 24)
+        return fields == host.to_bytes(8, "little") + bytes(8) + size.to_bytes(8, "little")
+
+
 _library: Library | None = None
 
 
@@ -231,8 +256,8 @@ def library() -> Library:
         from pyxen.machine.cpu import unicorn_patches, unicorn_selftest
 
         lib = Library()
-        unicorn_selftest.check_layout(lib)
-        unicorn_patches.install(lib)
+        engine = unicorn_selftest.check_layout(lib)
+        lib.block_check = unicorn_patches.install(lib, engine.state.uc)
         unicorn_selftest.check_patches(lib)
         _library = lib
     return _library

@@ -1,56 +1,53 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Corrections to Unicorn's code that have no other place than its code.
 
-Each patch replaces the first instructions of an exported function by a jump to a few hand-assembled instructions,
-which end with
-the replaced ones and a jump back. The bytes to be replaced are compared first; a function that looks different is an
+Each patch replaces the first instructions of a function by a jump to a few hand-assembled instructions, which end
+with the
+replaced ones and a jump back. The bytes to be replaced are compared first; a function that looks different is an
 unknown build
-(EngineError). Patches are applied once per process, before the first engine exists, and keep no state of their own:
-all state they touch
-hangs off their arguments, so any number of engines may run in any number of threads.
+(EngineError). Patches keep no state of their own: all state they touch hangs off their arguments, so any number of
+engines may
+run in any number of threads. Engines that are not ours (``no_exit_request`` clear) behave as before.
 
 * ``helper_syscall`` tells its hook nothing about the length of the instruction (SYSCALL may carry prefixes), and
-  adds it to RIP after the hook.
-  Without the length a user program could make its kernel start one byte after its entry point. The patch leaves it in
-  ``exception_next_eip``, which only INT n uses.
-* ``helper_in*/out*``: Unicorn dropped the privilege check of port I/O. The patch restores #GP(0) for code outside of
-  ring 0 (PV guests never
-  have IOPL or an I/O bitmap of their own in hardware: Xen emulates both) and leaves guests under nested paging alone.
+  adds it to
+  RIP after the hook. Without the length a user program could make its kernel start one byte after its entry point.
+  The patch
+  leaves it in ``exception_next_eip``, which only INT n uses.
 * ``helper_raise_interrupt`` (INT n) reports the instruction's length where its error code, always 0, would be: RIP
-  has moved on when the hook runs.
+  has moved on
+  when the hook runs.
+* ``helper_in*/out*``: Unicorn dropped the privilege check of port I/O. The patch restores #GP(0) for code outside of
+  ring 0 (PV
+  guests never have IOPL or an I/O bitmap of their own in hardware: Xen emulates both) and leaves guests under nested
+  paging alone.
 * ``x86_cpu_exec_interrupt``: a stop that sticks. Every other way to stop a run is undone when a run starts, so a
-  kick at that moment would be
-  lost. Here the HALT bit of ``interrupt_request``, which nothing else clears, leaves the loop before the next block.
+  kick at that
+  moment would be lost. Here the HALT bit of ``interrupt_request``, which nothing else uses, leaves the loop before
+  the next block.
+
+``unicorn_dirty`` and ``unicorn_blockcheck`` hold the larger ones.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import struct
-from ctypes import c_int, c_long, c_size_t, c_void_p
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
-from pyxen.errors import EngineError
+from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty
 from pyxen.machine.cpu import unicorn_internals as ui
-
-_PAGE = 4096
-_MAP_FIXED_NOREPLACE = 0x100000
-_STEP = 16 << 20
-_REACH = 1 << 30
+from pyxen.machine.cpu.unicorn_code import JE, JNE, Code, CodePage, jump
 
 _GP_VECTOR = 13
 
 
-@dataclass(frozen=True)
-class Patch:
-    """``moved``: the instructions at the entry of ``symbol`` that the jump overwrites, in hex, position independent,
-    ≥ 5 bytes."""
+class _Patch(NamedTuple):
+    """``moved``: the instructions (hex) at the entry of ``symbol`` that the jump overwrites: position independent, ≥
+    5 bytes."""
 
     symbol: str
     moved: str
-    stub: bytes
+    stub: Callable[[ui.Library, Code], None]
 
 
 class _Exchange(NamedTuple):
@@ -65,111 +62,55 @@ _INT_LENGTH = _Exchange("helper_raise_interrupt_x86_64",
                         after="4189d0 4883ec08 89d1 ba01000000")
 
 
-def _jump(source: int, target: int) -> bytes:
-    return b"\xe9" + struct.pack("<i", target - (source + 5))
+def _refuse_port_io(lib: ui.Library, code: Code) -> None:
+    code.raw("488b87 d", ui.UC_POINTER)                        # mov rax, [rdi+uc]
+    code.raw("80b8 d 00", lib.uc_no_exit_request)              # cmp byte [rax+no_exit_request], 0
+    code.branch(JE, "original")
+    code.raw("f687 d b", ui.HFLAGS, ui.HF_CPL)                 # test byte [rdi+hflags], CPL
+    code.branch(JE, "original")
+    code.raw("f787 d d", ui.HFLAGS, ui.HF_GUEST)               # test dword [rdi+hflags], GUEST
+    code.branch(JNE, "original")
+    code.raw("488b0c24")                                       # mov rcx, [rsp]: where the helper was called from
+    code.raw("be d 31d2", _GP_VECTOR)                          # mov esi, 13; xor edx, edx (error code)
+    code.raw("48b8 q ffe0", lib.address("raise_exception_err_ra_x86_64"))
+    code.label("original")
 
 
-def _u32(value: int) -> bytes:
-    return struct.pack("<I", value)
+def _sticky_stop(lib: ui.Library, code: Code) -> None:
+    code.raw("40f6c6 b", ui.INTERRUPT_HALT)                    # test sil, HALT
+    code.branch(JE, "original")
+    code.raw("8367 b b", ui.CPU_INTERRUPT_REQUEST, ~ui.INTERRUPT_HALT)  # and dword [rdi+interrupt_request], ~HALT
+    code.raw("c647 b 01", lib.cpu_exit_request)                # mov byte [rdi+exit_request], 1
+    code.raw("488b87 d", ui.CPU_UC)                            # mov rax, [rdi+uc]
+    code.raw("c680 d 01", lib.uc_stop_request)                 # mov byte [rax+stop_request], 1
+    code.raw("31c0 c3")                                        # return false
+    code.label("original")
 
 
-def _io_stub(raise_exception_err_ra: int) -> bytes:
-    refuse = (bytes.fromhex("488b0c24")                     # mov rcx, [rsp]: the helper's return address
-              + b"\xbe" + _u32(_GP_VECTOR)                  # mov esi, 13
-              + bytes.fromhex("31d2")                       # xor edx, edx: error code
-              + b"\x48\xb8" + struct.pack("<Q", raise_exception_err_ra)
-              + bytes.fromhex("ffe0"))                      # mov rax, …; jmp rax
-    guest = (b"\xf7\x87" + _u32(ui.HFLAGS) + _u32(ui.HF_GUEST)
-             + b"\x75" + bytes((len(refuse),)))             # test dword [rdi+hflags], HF_GUEST; jnz original
-    return (b"\xf6\x87" + _u32(ui.HFLAGS) + bytes((ui.HF_CPL,))
-            + b"\x74" + bytes((len(guest) + len(refuse),))  # test byte [rdi+hflags], 3; jz original
-            + guest + refuse)
+def _syscall_length(_lib: ui.Library, code: Code) -> None:
+    code.raw("89f0 488987 d", ui.EXCEPTION_NEXT_EIP)           # mov eax, esi; mov [rdi+exception_next_eip], rax
 
 
-def _sticky_stop_stub(lib: ui.Library) -> bytes:
-    stop = (b"\x83\x67" + bytes((ui.CPU_INTERRUPT_REQUEST, 0xff & ~ui.INTERRUPT_HALT))  # and dword [rdi+…], ~HALT
-            + b"\xc6\x47" + bytes((lib.cpu_exit_request, 1))                            # mov byte [rdi+…], 1
-            + b"\x48\x8b\x87" + _u32(ui.CPU_UC)                                         # mov rax, [rdi+uc]
-            + b"\xc6\x80" + _u32(lib.uc_stop_request) + b"\1"                           # mov byte [rax+…], 1
-            + bytes.fromhex("31c0 c3"))                                                 # xor eax, eax; ret
-    return (b"\x40\xf6\xc6" + bytes((ui.INTERRUPT_HALT,))                              # test sil, HALT
-            + b"\x74" + bytes((len(stop),)) + stop)                                     # jz original
-
-
-def _syscall_stub() -> bytes:
-    return b"\x89\xf0\x48\x89\x87" + _u32(ui.EXCEPTION_NEXT_EIP)                       # mov eax, esi; mov [rdi+…], rax
-
-
-def patches(lib: ui.Library) -> list[Patch]:
-    """All corrections that are stubs, for this library."""
-    load_uc = "488bbf" + _u32(ui.UC_POINTER).hex()           # mov rdi, [rdi+uc]
-    io_stub = _io_stub(lib.address("raise_exception_err_ra_x86_64"))
+def _patches() -> list[_Patch]:
+    load_uc = "488bbf" + ui.UC_POINTER.to_bytes(4, "little").hex()                   # mov rdi, [rdi+uc]
     result = [
-        Patch("helper_syscall_x86_64", "41574989ff", _syscall_stub()),                     # push r15; mov r15, rdi
-        Patch("x86_cpu_exec_interrupt_x86_64", "4154554889fd", _sticky_stop_stub(lib)),   # push r12, rbp; mov rbp, rdi
+        _Patch("helper_syscall_x86_64", "41574989ff", _syscall_length),              # push r15; mov r15, rdi
+        _Patch("x86_cpu_exec_interrupt_x86_64", "4154554889fd", _sticky_stop),       # push r12, rbp; mov rbp, rdi
+        *(_Patch(*patch) for patch in unicorn_dirty.PATCHES),
     ]
     for size in "bwl":
-        result.append(Patch(f"helper_out{size}_x86_64", load_uc, io_stub))
-        result.append(Patch(f"helper_in{size}_x86_64", "4883ec08" + load_uc, io_stub))     # sub rsp, 8 first
+        result.append(_Patch(f"helper_out{size}_x86_64", load_uc, _refuse_port_io))
+        result.append(_Patch(f"helper_in{size}_x86_64", "4883ec08" + load_uc, _refuse_port_io))  # sub rsp, 8 first
     return result
 
 
-class CodePage:
-    """Executable memory that a 32-bit jump from the library reaches."""
+def install(lib: ui.Library, uc_pointer: int) -> bool:
+    """Apply every patch; returns whether the optional one (``unicorn_blockcheck``) fits too. ``uc_pointer``: any
+    idle engine.
 
-    def __init__(self, near: int, size: int = _PAGE) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.argtypes = (c_void_p, c_size_t, c_int, c_int, c_int, c_long)
-        libc.mmap.restype = c_void_p
-        self._mprotect = libc.mprotect
-        self._mprotect.argtypes = (c_void_p, c_size_t, c_int)
-        failed = ctypes.c_void_p(-1).value
-        near &= -_PAGE
-        for distance in range(_STEP, _REACH, _STEP):
-            for hint in (near - distance, near + distance):
-                address = libc.mmap(hint, size, mmap.PROT_READ | mmap.PROT_WRITE,
-                                    mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE, -1, 0)
-                if address in (None, failed):
-                    continue
-                if abs(address - near) < 2 * _REACH - size:
-                    self.address = int(address)
-                    self.next = self.address
-                    self.end = self.address + size
-                    return
-        raise EngineError("no room for engine corrections near the Unicorn library")
-
-    def place(self, code: bytes) -> int:
-        """Append code, 16-byte aligned; returns its address."""
-        address = self.reserve()
-        if address + len(code) > self.end:
-            raise EngineError("engine corrections do not fit their page")
-        ctypes.memmove(address, code, len(code))
-        self.next = address + len(code)
-        return address
-
-    def reserve(self) -> int:
-        """Where the next :meth:`place` will put its code."""
-        return self.next + 15 & ~15
-
-    def seal(self) -> None:
-        """Make the page executable and read-only."""
-        if self._mprotect(self.address, self.end - self.address, mmap.PROT_READ | mmap.PROT_EXEC):
-            raise EngineError("the host forbids executable memory for engine corrections")
-
-    def overwrite(self, address: int, code: bytes) -> None:
-        """Replace library code. Nothing may be executing it."""
-        start = address & -_PAGE
-        size = (address + len(code) - start + _PAGE - 1) & -_PAGE
-        if self._mprotect(start, size, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC):
-            raise EngineError("the host forbids corrections to the Unicorn library's code",
-                              hint="a security policy denies mprotect() on library text (SELinux: execmod)")
-        ctypes.memmove(address, code, len(code))
-        self._mprotect(start, size, mmap.PROT_READ | mmap.PROT_EXEC)
-
-
-def install(lib: ui.Library) -> None:
-    """Apply every patch. Raises EngineError, before anything is changed, if one does not fit."""
-    wanted = patches(lib)
+    Raises EngineError, before anything is changed, if a needed one does not fit.
+    """
+    wanted = _patches()
     for patch in wanted:
         ui.match(lib.code(patch.symbol, 16), patch.moved, patch.symbol)
     int_length = lib.address(_INT_LENGTH.symbol)
@@ -179,10 +120,17 @@ def install(lib: ui.Library) -> None:
     for patch in wanted:
         entry = lib.address(patch.symbol)
         moved = bytes.fromhex(patch.moved)
-        start = page.reserve()
-        body = patch.stub + moved
-        page.place(body + _jump(start + len(body), entry + len(moved)))
-        entries.append((entry, _jump(entry, start).ljust(len(moved), b"\x90")))
+        code = page.begin()
+        patch.stub(lib, code)
+        code.raw(patch.moved)
+        code.jump(entry + len(moved))
+        page.place(code)
+        entries.append((entry, jump(entry, code.address).ljust(len(moved), b"\x90")))
+    entries.append(unicorn_dirty.prepare_notdirty_write(lib, page))
+    block_check = unicorn_blockcheck.prepare(lib, uc_pointer, page)
+    if block_check is not None:
+        entries.append(block_check)
     page.seal()
-    for address, code in entries:
-        page.overwrite(address, code)
+    for address, content in entries:
+        page.overwrite(address, content)
+    return block_check is not None

@@ -8,7 +8,7 @@ milliseconds.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyxen.errors import EngineError
 from pyxen.machine.cpu import unicorn_internals as ui
@@ -17,7 +17,14 @@ from pyxen.machine.cpu.base import GPR_NAMES
 _SENTINEL = 0x5a5a_0000_1234_0000
 
 
-def _engine(lib: ui.Library) -> tuple[Any, ui.State]:
+class Probe(NamedTuple):
+    """A throw-away engine and the windows into it."""
+
+    uc: Any
+    state: ui.State
+
+
+def _engine(lib: ui.Library) -> Probe:
     unicorn = lib.unicorn
     x86 = unicorn.x86_const
     try:
@@ -27,17 +34,18 @@ def _engine(lib: ui.Library) -> tuple[Any, ui.State]:
         uc.reg_read(x86.UC_X86_REG_RAX)
     except unicorn.UcError as error:
         raise EngineError(f"the Unicorn engine does not start: {error}") from error
-    return uc, ui.State(lib, uc._uch.value)
+    return Probe(uc, ui.State(lib, uc._uch.value))
 
 
-def check_layout(lib: ui.Library) -> None:
+def check_layout(lib: ui.Library) -> Probe:
     """Before anything is patched. Raises EngineError if a field is not where it should be."""
-    uc, state = _engine(lib)
+    probe = uc, state = _engine(lib)
     _check_registers(state, uc, lib.unicorn.x86_const)
     if int.from_bytes(ctypes.string_at(state.env + ui.UC_POINTER, 8), "little") != state.uc:
         raise ui.unknown_build("env.uc is elsewhere")
     if int.from_bytes(ctypes.string_at(state.cpu + ui.CPU_UC, 8), "little") != state.uc:
         raise ui.unknown_build("cpu.uc is elsewhere")
+    return probe
 
 
 def _check_registers(state: ui.State, uc: Any, x86: Any) -> None:

@@ -77,6 +77,8 @@ class UnicornX86:
         self._handle = self._uc._uch
         self._state = state = ui.State(lib, self._uc._uch.value)
         state.no_exit_request[0] = 1
+        if not state.ram_is(memory.host_address, memory.size_bytes):
+            raise ui.unknown_build("RAM is not one block at machine address 0")
         self.gpr = state.gpr
         self._v32 = state.env32
         self._v64 = state.env64

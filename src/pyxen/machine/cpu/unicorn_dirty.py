@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""Which stores must look for translated code, decided as QEMU does: by the page they hit.
+
+QEMU marks the TLB entries of a page "not dirty" when the page gets its first translation, under all its virtual
+addresses, and
+lets stores run at full speed again once the page holds none. Unicorn replaced that by two approximations:
+translating marks only
+the *virtual* address it was translated at, and a store stays slow for ever if its page may be executed. So a guest
+that writes code through a
+second mapping (a JIT with separate views, a kernel patching through its direct map) executed stale translations, and
+any guest that does not use NX was slow.
+
+The patches restore the original rule:
+
+* ``tlb_protect_code`` (a page gets its first translation): mark every TLB entry of that page;
+* ``tlb_reset_dirty_by_vaddr``: nothing, the above has done it;
+* ``notdirty_write`` (a store hit a marked entry, and translations in its range are gone): unmark if the page holds
+  no translation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyxen.machine.cpu import unicorn_internals as ui
+from pyxen.machine.cpu.unicorn_code import JE, JLE, JNE, Code, CodePage, jump
+
+_TARGET_PAGE = 0x1000
+
+# uc_struct: the radix tree of PageDesc (translate-all.c), and the list of RAM blocks
+_UC_L1_MAP, _UC_L1_SIZE, _UC_L1_SHIFT, _UC_L2_LEVELS = 0x2e0, 0x2f0, 0x2f4, 0x2f8
+_MEMORY_REGION_PERMS = 0x88
+
+# notdirty_write: cmp qword [rbp+addr_write], -1; je; mov rax, [r15+uc]; mov eax, [rax+snapshot_level];
+# cmp [r9+priority], eax; jl; then the test to be replaced: cmp qword [rbp+addr_code], -1; je; and the way out.
+_NOTDIRTY_HEAD = "48837d08ff 7413 498b87DDDD 8b80DDDD 4139415c 7c07"
+_NOTDIRTY_TEST = "48837d10ff 74BB"
+_NOTDIRTY_LEAVE = "4883c428 5b 5d 415c 415d 415e 415f c3"
+_NOTDIRTY_SAVE = bytes.fromhex("4c895c2410")      # mov [rsp+16], r11: the RAM address, while translations are removed
+_SEARCH = 0x1000
+
+
+def _protect_code(lib: ui.Library, code: Code) -> None:
+    """tlb_protect_code(uc, ram_addr) -> tlb_reset_dirty(cpu, host address, page size)."""
+    code.raw("80bf d 00", lib.uc_no_exit_request)              # cmp byte [rdi+no_exit_request], 0
+    code.branch(JE, "original")
+    code.raw("488b87 d", ui.UC_RAM_BLOCKS)                     # mov rax, [rdi+ram_list.blocks]: we map one, at 0
+    code.raw("480370 b", ui.RAM_BLOCK_HOST)                    # add rsi, [rax+host]
+    code.raw("4881e6 d", -_TARGET_PAGE)                        # and rsi, -4096
+    code.raw("488bbf d", lib.uc_cpu)                           # mov rdi, [rdi+cpu]
+    code.raw("ba d", _TARGET_PAGE)                             # mov edx, 4096
+    code.raw("48b8 q ffe0", lib.address("tlb_reset_dirty_x86_64"))
+    code.label("original")
+
+
+def _no_reset_by_vaddr(lib: ui.Library, code: Code) -> None:
+    code.raw("488b87 d", ui.CPU_UC)                            # mov rax, [rdi+uc]
+    code.raw("80b8 d 00", lib.uc_no_exit_request)              # cmp byte [rax+no_exit_request], 0
+    code.branch(JE, "original")
+    code.raw("c3")
+    code.label("original")
+
+
+PATCHES: tuple[tuple[str, str, Callable[[ui.Library, Code], None]], ...] = (
+    ("tlb_protect_code_x86_64", "4889f7ba01000000", _protect_code),                # mov rdi, rsi; mov edx, 1
+    ("tlb_reset_dirty_by_vaddr_x86_64", "4989f94989f0", _no_reset_by_vaddr),       # mov r9, rdi; mov r8, rsi
+)
+
+
+def prepare_notdirty_write(lib: ui.Library, page: CodePage) -> tuple[int, bytes]:
+    """Place the new test; returns (address, code) to overwrite. Raises EngineError for an unknown build."""
+    start = lib.address("tlb_set_dirty_x86_64")
+    content = lib.code("tlb_set_dirty_x86_64", _SEARCH)
+    head = len(bytes.fromhex(_NOTDIRTY_HEAD.replace("DDDD", "00000000")))
+    found = ui.pattern(_NOTDIRTY_HEAD + _NOTDIRTY_TEST + _NOTDIRTY_LEAVE).search(content)
+    if found is None or _NOTDIRTY_SAVE not in content[found.start():found.end() + 64]:
+        raise ui.unknown_build("notdirty_write is different")
+    entry = start + found.start() + head
+    leave = entry + len(bytes.fromhex(_NOTDIRTY_TEST.replace("BB", "00")))
+    set_dirty = leave + found.group(3)[0]
+    code = page.begin()
+    # r15 = cpu, rbp = the TLB entry, r9 = the memory region, [rsp+16] = RAM address if the region is executable
+    code.raw("498bbf d", ui.CPU_UC)                            # mov rdi, [r15+uc]
+    code.raw("80bf d 00", lib.uc_no_exit_request)              # cmp byte [rdi+no_exit_request], 0
+    code.branch(JE, "original")
+    code.raw("41f681 d 04", _MEMORY_REGION_PERMS)              # test byte [r9+perms], UC_PROT_EXEC
+    code.branch(JE, "original")
+    code.raw("488b442410 48c1e80c")                            # mov rax, [rsp+16]; shr rax, 12
+    code.raw("8b8f d 4889c2 48d3ea", _UC_L1_SHIFT)             # mov ecx, [rdi+…]; mov rdx, rax; shr rdx, cl
+    code.raw("8bb7 d ffce 4821f2", _UC_L1_SIZE)                # mov esi, [rdi+…]; dec esi; and rdx, rsi
+    code.raw("4c8b87 d 4d8d04d0", _UC_L1_MAP)                  # mov r8, [rdi+…]; lea r8, [r8+rdx*8]
+    code.raw("8b8f d 8d0c89 01c9 85c9", _UC_L2_LEVELS)         # mov ecx, [rdi+…] * 10; test ecx, ecx
+    code.branch(JLE, "leaf")
+    code.label("level")
+    code.raw("4d8b00 4d85c0")                                  # mov r8, [r8]; test r8, r8
+    code.branch(JE, "unmark")
+    code.raw("4889c2 48d3ea 81e2 d 4d8d04d0", 0x3ff)           # rdx = rax >> cl & 0x3ff; lea r8, [r8+rdx*8]
+    code.raw("83e90a")                                         # sub ecx, 10
+    code.branch(JNE, "level")
+    code.label("leaf")
+    code.raw("4d8b00 4d85c0")
+    code.branch(JE, "unmark")
+    code.raw("25 d 488d0440 49833cc000", 0x3ff)                # cmp qword [r8+(rax & 0x3ff)*24], 0: first_tb
+    code.branch(JE, "unmark")
+    code.jump(leave)
+    code.label("original")
+    code.raw("48837d10ff")                                     # cmp qword [rbp+addr_code], -1
+    code.branch(JE, "unmark")
+    code.jump(leave)
+    code.label("unmark")
+    code.jump(set_dirty)
+    page.place(code)
+    return entry, jump(entry, code.address).ljust(leave - entry, b"\x90")
