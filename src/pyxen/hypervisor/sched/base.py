@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-only
+"""What a scheduler is to the rest of the hypervisor (Xen: ``struct scheduler`` in xen/include/xen/sched-if.h).
+
+A scheduler is a policy without side effects: it orders vCPUs and answers who runs next and for how long.  Locking,
+run states, timers of the guests, kicking engines and switching contexts are :mod:`pyxen.hypervisor.schedule`'s.  That
+is why its methods *return* the pCPUs that ought to decide again ("tickle" in Xen) and do not poke them: they are
+called with a run queue's lock held, under which nobody may call an engine.  It also lets a test run a scheduler in
+virtual time without engines or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.timer import TimerQueue
+    from pyxen.hypervisor.vcpu import Vcpu
+
+
+class Decision(NamedTuple):
+    """``struct task_slice``: who runs next (None: nobody, idle) and for how long at most (None: until something
+    happens).
+    """
+
+    vcpu: Vcpu | None
+    slice_ns: int | None
+
+
+class SchedulerHost(Protocol):
+    """What a scheduler may ask of :class:`~pyxen.hypervisor.schedule.Schedule`."""
+
+    def now_ns(self) -> int:
+        """System time."""
+        ...
+
+    def current(self, cpu: int) -> Vcpu | None:
+        """The vCPU a pCPU has chosen to run. Stable under that pCPU's run queue lock."""
+        ...
+
+    def cpu_lock(self, cpu: int) -> AbstractContextManager[object]:
+        """pcpu_schedule_lock(): a pCPU's run queue lock."""
+        ...
+
+    def vcpu_lock(self, vcpu: Vcpu) -> AbstractContextManager[object]:
+        """vcpu_schedule_lock(): the run queue lock of the pCPU that ``vcpu`` is assigned to."""
+        ...
+
+    def timers(self, cpu: int) -> TimerQueue:
+        """The timers of a pCPU."""
+        ...
+
+    def tickle(self, cpus: Sequence[int]) -> None:
+        """cpu_raise_softirq(SCHEDULE_SOFTIRQ). Without locks."""
+        ...
+
+    def vcpu_pause_nosync(self, vcpu: Vcpu) -> None:
+        """Without locks."""
+        ...
+
+    def vcpu_unpause(self, vcpu: Vcpu) -> None:
+        """Without locks."""
+        ...
+
+
+class Scheduler(Protocol):
+    """A scheduling policy. "Locked" below means: called with the run queue lock of ``vcpu.processor`` (or of ``cpu``)
+    held.
+    """
+
+    name: str
+    """As ``xl info`` shows it ("credit")."""
+
+    def attach(self, host: SchedulerHost) -> None:
+        """Called once, before anything else."""
+        ...
+
+    def add_cpu(self, cpu: int) -> None:
+        """alloc_pdata: a pCPU comes online."""
+        ...
+
+    def add_domain(self, domain: Domain) -> None:
+        """init_domain: sets ``domain.sched_data``."""
+        ...
+
+    def remove_domain(self, domain: Domain) -> None:
+        """destroy_domain; its vCPUs are gone already."""
+        ...
+
+    def pick_cpu(self, vcpu: Vcpu) -> int:
+        """Where a vCPU should run, within its hard affinity."""
+        ...
+
+    def add_vcpu(self, vcpu: Vcpu) -> None:
+        """alloc_vdata, insert_vcpu: sets ``vcpu.sched_data``. Locked."""
+        ...
+
+    def remove_vcpu(self, vcpu: Vcpu) -> None:
+        """remove_vcpu, free_vdata; it is not running. Locked."""
+        ...
+
+    def wake(self, vcpu: Vcpu, now_ns: int) -> Sequence[int]:
+        """It became runnable. Returns the pCPUs that ought to decide again. Locked."""
+        ...
+
+    def sleep(self, vcpu: Vcpu) -> Sequence[int]:
+        """It is not runnable any more. Returns as :meth:`wake`. Locked."""
+        ...
+
+    def yield_to_others(self, vcpu: Vcpu) -> None:
+        """SCHEDOP_yield by the running vCPU; a decision follows. Locked."""
+        ...
+
+    def do_schedule(self, cpu: int, current: Vcpu | None, now_ns: int) -> Decision:
+        """Choose who runs on ``cpu``, where ``current`` ran until now. Locked."""
+        ...
+
+    def busy(self, cpu: int) -> None:
+        """tick_resume: ``cpu`` was idle and runs a vCPU now. On its thread, without locks."""
+        ...
+
+    def adjust(self, domain: Domain, weight: int | None = None, cap: int | None = None) -> None:
+        """XEN_DOMCTL_SCHEDOP_putinfo; None leaves a parameter as it is. Raises XenError(EINVAL)."""
+        ...
+
+    def parameters(self, domain: Domain) -> tuple[int, int]:
+        """XEN_DOMCTL_SCHEDOP_getinfo: weight and cap."""
+        ...
+
+    def dump(self, cpu: int) -> list[str]:
+        """dump_cpu_state: lines for debug key 'r'. Locked."""
+        ...
