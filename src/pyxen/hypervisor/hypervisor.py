@@ -22,6 +22,7 @@ from pyxen.hypervisor.trace import Trace
 from pyxen.hypervisor.version import COMPILE_DATE, COMPILER, EXTRA, MAJOR, MINOR
 from pyxen.hypervisor.virq import GlobalVirqs
 from pyxen.hypervisor.x86.pv.slots import XenSlots
+from pyxen.hypervisor.x86.pv.validate import PageTables
 from pyxen.hypervisor.xsm import Xsm
 from pyxen.machine.frame_allocator import FrameAllocator
 
@@ -54,6 +55,7 @@ class Hypervisor:
         self._next_domid = 1
         self.allocator = FrameAllocator(memory, first_mfn=16)
         self.frames = FrameTable(memory, self.allocator, self.flush_domain)
+        PageTables(self.frames)
         self.xen_slots = XenSlots(memory, self.allocator, self.frames.m2p.frames)
         self.global_virqs = GlobalVirqs(self)
         self.hypercalls = build_table()

@@ -18,7 +18,7 @@ from pyxen.errors import EngineError
 _PAGE = 4096
 _MAP_FIXED_NOREPLACE = 0x100000
 _STEP = 16 << 20
-_REACH = 1 << 30
+_REACH = (2 << 30) - (64 << 20)
 
 _OPERAND_SIZE = {"b": 1, "d": 4, "q": 8}
 # "b" and "d" are hex digits too, but a byte of hex has two of them.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from pyxen.hypervisor.x86.cpuid import CpuidPolicy
+from pyxen.hypervisor.x86.pit import Pit
 from pyxen.hypervisor.x86.pv.slots import PerDomain
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class PvDomain:
         self._slots = slots
         self.area = PerDomain(slots, mode, max(domain.max_vcpus, 1))
         self.cpuid = CpuidPolicy()
+        self.pit = Pit(domain.hypervisor.clock.now_ns)
         self.memory_map: list[tuple[int, int, int]] = []
         """E820 entries (address, size, type) set by the toolstack (XENMEM_set_memory_map)."""
 

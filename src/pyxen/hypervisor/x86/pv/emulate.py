@@ -16,6 +16,7 @@ from iced_x86 import Decoder, Instruction, Mnemonic, OpKind, Register, RegisterE
 from pyxen.abi.xen import MASK64
 from pyxen.errors import GuestAccessError, XenError
 from pyxen.hypervisor.x86 import msr
+from pyxen.hypervisor.x86.pit import PORTS as PIT_PORTS
 from pyxen.machine.cpu.base import RAX, RBX, RCX, RDI, RDX, RSI
 
 if TYPE_CHECKING:
@@ -128,6 +129,9 @@ def _in(pv: PvVcpu, cpu: Cpu, instruction: Instruction) -> bool:
     port = instruction.immediate8 if instruction.op1_kind == OpKind.IMMEDIATE8 else cpu.gpr[RDX] & 0xFFFF
     if not _port_allowed(pv, port, size):
         return False
+    if port in PIT_PORTS and size == 1:
+        cpu.gpr[RAX] = cpu.gpr[RAX] & ~0xFF | pv.domain.pv.pit.read(port)
+        return True
     # A domain without the port sees an empty bus.
     if size == 4:
         cpu.gpr[RAX] = 0xFFFFFFFF
@@ -139,7 +143,11 @@ def _in(pv: PvVcpu, cpu: Cpu, instruction: Instruction) -> bool:
 def _out(pv: PvVcpu, cpu: Cpu, instruction: Instruction) -> bool:
     size = RegisterExt.size(instruction.op1_register)
     port = instruction.immediate8 if instruction.op0_kind == OpKind.IMMEDIATE8 else cpu.gpr[RDX] & 0xFFFF
-    return _port_allowed(pv, port, size)
+    if not _port_allowed(pv, port, size):
+        return False
+    if port in PIT_PORTS and size == 1:
+        pv.domain.pv.pit.write(port, cpu.gpr[RAX] & 0xFF)
+    return True
 
 
 def _string_size(instruction: Instruction) -> int:
