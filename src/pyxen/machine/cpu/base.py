@@ -144,6 +144,14 @@ class Cpu(Protocol):
         """Switch the page-table root (machine address) and flush the TLB."""
         ...
 
+    def switch_space(self, slot: int, maddr: int) -> None:
+        """Change between two address spaces (slots 0 and 1) of one guest, as PCID does on hardware.
+
+        Translations of both are kept as long as each slot's root stays the same; a slot whose root is new is flushed.
+        :meth:`flush_tlb` and :meth:`flush_tlb_page` act on both. For code at CPL 3 (an exact-mode PV guest's kernel
+        and user)."""
+        ...
+
     def set_gdt(self, base: int, limit: int) -> None: ...
 
     def set_ldt(self, selector: int, base: int, limit: int) -> None: ...
@@ -175,7 +183,10 @@ class Cpu(Protocol):
         """Save the loaded context and leave the CPU idle."""
         ...
 
-    loaded: Context | None
+    @property
+    def loaded(self) -> Context | None:
+        """The context whose registers :attr:`gpr` shows."""
+        ...
 
     def run(self, deadline_ns: int | None) -> Exit:
         """Execute the loaded context until kicked, stopped or ``deadline_ns`` (of the machine clock)."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Callable
 from ctypes import c_bool, c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 from typing import Any
 
@@ -157,7 +158,9 @@ class Library:
         self._free = ctypes.CDLL(self.path)       # releases the GIL
         self._held = ctypes.PyDLL(self.path)      # keeps it: right for calls that take less than a microsecond
 
-        self.block_check = False                  # whether unicorn_blockcheck is installed
+        # Set by unicorn_patches:
+        self.block_check = False                                       # unicorn_blockcheck is installed
+        self.exchange_spaces: Callable[[Any, int], int] | None = None  # unicorn_spaces
 
         # emu_start runs guest code: the one call that must let other Python threads go on.
         self.emu_start = self._free.uc_emu_start
@@ -257,7 +260,7 @@ def library() -> Library:
 
         lib = Library()
         engine = unicorn_selftest.check_layout(lib)
-        lib.block_check = unicorn_patches.install(lib, engine.state.uc)
+        unicorn_patches.install(lib, engine.state.uc)
         unicorn_selftest.check_patches(lib)
         _library = lib
     return _library

@@ -26,7 +26,7 @@ run in any number of threads. Engines that are not ours (``no_exit_request`` cle
   moment would be lost. Here the HALT bit of ``interrupt_request``, which nothing else uses, leaves the loop before
   the next block.
 
-``unicorn_dirty`` and ``unicorn_blockcheck`` hold the larger ones.
+``unicorn_dirty``, ``unicorn_blockcheck`` and ``unicorn_spaces`` hold the larger ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty
+from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty, unicorn_spaces
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.unicorn_code import JE, JNE, Code, CodePage, jump
 
@@ -104,11 +104,10 @@ def _patches() -> list[_Patch]:
     return result
 
 
-def install(lib: ui.Library, uc_pointer: int) -> bool:
-    """Apply every patch; returns whether the optional one (``unicorn_blockcheck``) fits too. ``uc_pointer``: any
-    idle engine.
+def install(lib: ui.Library, uc_pointer: int) -> None:
+    """Apply every patch, and the optional ones (``unicorn_blockcheck``, ``unicorn_spaces``) if they fit.
 
-    Raises EngineError, before anything is changed, if a needed one does not fit.
+    ``uc_pointer``: any idle engine. Raises EngineError, before anything is changed, if a needed one does not fit.
     """
     wanted = _patches()
     for patch in wanted:
@@ -130,7 +129,9 @@ def install(lib: ui.Library, uc_pointer: int) -> bool:
     block_check = unicorn_blockcheck.prepare(lib, uc_pointer, page)
     if block_check is not None:
         entries.append(block_check)
+    exchange_spaces = unicorn_spaces.prepare(lib, page)
     page.seal()
     for address, content in entries:
         page.overwrite(address, content)
-    return block_check is not None
+    lib.block_check = block_check is not None
+    lib.exchange_spaces = exchange_spaces

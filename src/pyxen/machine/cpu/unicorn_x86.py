@@ -28,6 +28,7 @@ from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RIP, Context, Exit, Seg, Traps
 from pyxen.machine.cpu.deadline import AlarmClock
 from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
+from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
@@ -87,6 +88,8 @@ class UnicornX86:
         self._cpu = c_void_p(state.cpu)
         self._env = c_void_p(state.env)
         self._running = False
+        self._slot = 0
+        self._roots = [-1, -1]
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = 0
@@ -315,9 +318,29 @@ class UnicornX86:
         return self._v32[ui.HFLAGS >> 2] & ui.HF_CPL
 
     def set_cr3(self, maddr: int) -> None:
-        """Switch the page-table root and flush the TLB."""
+        """Switch the page-table root and flush the TLB (of both spaces)."""
         self._v64[ui.CR3 >> 3] = maddr
+        self._roots[self._slot] = maddr
         self._lib.tlb_flush(self._cpu)
+
+    def switch_space(self, slot: int, maddr: int) -> None:
+        """Go to address space ``slot`` with root ``maddr``; the translations of both stay as long as their roots do."""
+        exchange = self._lib.exchange_spaces
+        if slot == self._slot:
+            if maddr != self._v64[ui.CR3 >> 3]:
+                self.set_cr3(maddr)
+            return
+        self._slot = slot
+        self._v32[ui.HFLAGS >> 2] ^= HF_SECOND_SPACE
+        if exchange is None:
+            self.set_cr3(maddr)
+            return
+        stale = exchange(self._env, maddr) & KERNEL_PART
+        if self._roots[slot] != maddr:
+            self._roots[slot] = maddr
+            stale |= USER_PART
+        if stale:
+            self._lib.tlb_flush_by_mmuidx(self._cpu, stale)
 
     def set_gdt(self, base: int, limit: int) -> None:
         """LGDT."""
@@ -396,6 +419,9 @@ class UnicornX86:
         else:
             self._v64[(ui.DR + 56) >> 3] = context.dr7
         self._lib.tlb_flush(self._cpu)
+        self._slot = 1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0
+        self._roots = [-1, -1]
+        self._roots[self._slot] = self.cr3
         context.engine = self
         self.loaded = context
 
