@@ -215,7 +215,7 @@ def test_pause_unpause_rename_destroy(host: FakeHost, xl: Xl) -> None:
     assert host.requests[-1] == ("POST /domains/3/rename", {"name": "pvx"})
     host.routes["DELETE /domains/3"] = {}
     assert xl("destroy", "pv").code == 0
-    assert host.requests[-1][0] == "DELETE /domains/3"
+    assert host.requests[-1] == ("DELETE /domains/3", {})
 
 
 def test_domain_0_is_not_destroyed_by_accident(host: FakeHost, xl: Xl) -> None:
