@@ -14,6 +14,7 @@ from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, GuestContext, Vgcf
 from pyxen.errors import XenError
 from pyxen.hypervisor.x86.msr import canonical
 from pyxen.hypervisor.x86.pv import emulate, gdt, ldt
+from pyxen.hypervisor.x86.pv.descriptors import FAST_KERNEL_CS, FAST_KERNEL_SS, FLAT_KERNEL_CS, FLAT_KERNEL_SS
 from pyxen.hypervisor.x86.pv.mm import install_guest_tables
 from pyxen.machine.cpu.base import Registers, Seg
 
@@ -111,7 +112,9 @@ def get_guest_context(pv: PvVcpu) -> bytes:
     return GuestContext(
         flags=flags, fpu=r.fxsave, gpr=r.gpr[:16], rip=r.gpr[16],
         rflags=r.flags & ~0x200 | (0 if masked else 0x200),
-        cs=r.selectors[Seg.CS], ss=r.selectors[Seg.SS], es=r.selectors[Seg.ES], ds=r.selectors[Seg.DS],
+        cs=FLAT_KERNEL_CS if r.selectors[Seg.CS] == FAST_KERNEL_CS else r.selectors[Seg.CS],
+        ss=FLAT_KERNEL_SS if r.selectors[Seg.SS] == FAST_KERNEL_SS else r.selectors[Seg.SS],
+        es=r.selectors[Seg.ES], ds=r.selectors[Seg.DS],
         fs=r.selectors[Seg.FS], gs=r.selectors[Seg.GS], saved_upcall_mask=masked,
         traps=[(i, e[0], e[1], e[2]) if (e := pv.trap_table[i]) else (i, 0, 0, 0) for i in range(256)],
         ldt_base=pv.ldt_base, ldt_ents=pv.ldt_ents, gdt_frames=frames, gdt_ents=pv.gdt_ents,

@@ -23,6 +23,10 @@ FLAT_RING3_DS32: Final = 0xE02B
 FLAT_RING3_SS32: Final = 0xE02B
 FLAT_KERNEL_CS: Final = FLAT_RING3_CS64
 FLAT_KERNEL_SS: Final = FLAT_RING3_SS32
+FAST_KERNEL_CS: Final = 0xE031
+FAST_KERNEL_SS: Final = 0xE049
+"""What a kernel in fast mode finds in CS and SS: selectors it can return to by itself (Linux serialises with IRETQ to its own CS, a
+hundred thousand times in a boot). Frames and contexts show the ABI's."""
 
 _TYPE: Final = 0xF << 40
 _ACCESSED: Final = 1 << 40

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Fast mode only: far transfers and stack-segment loads of a guest kernel, with the meaning they have at CPL 3.
 
-In fast mode the kernel runs at CPL 1, but the ABI's selectors have RPL 3.  Xen's 64-bit code segment has DPL 1 in fast
+In fast mode the kernel runs at CPL 1 with selectors of its own, but the ABI's have RPL 3.  Xen's 64-bit code segment has DPL 1 in fast
 mode's GDT, so a far transfer to it (``iretq``, ``lretq``) and a load of SS raise #GP; what the instruction would
 have done at CPL 3 is done here.
 """
@@ -58,7 +58,7 @@ def _stack_segment(pv: PvVcpu, cpu: Cpu, selector: int, next_rip: int) -> int | 
         load_stack(pv, cpu, selector)
     except SegmentFault:
         return None
-    cpu.set_cpl(1)
+    pv.at_cpl1(cpu)
     return next_rip & MASK64
 
 
@@ -72,7 +72,7 @@ def _transfer(pv: PvVcpu, cpu: Cpu, target: int, cs: int, ss: int | None, rsp: i
             load_stack(pv, cpu, ss)
     except SegmentFault:
         return None
-    cpu.set_cpl(1)
+    pv.at_cpl1(cpu)
     cpu.gpr[RSP] = rsp
     if flags is not None:
         cpu.flags = flags & _FLAGS_KEPT | cpu.flags & 0x3200 | 2

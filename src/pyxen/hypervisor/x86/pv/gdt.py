@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from pyxen.errors import XenError
 from pyxen.hypervisor.frames import PGT_SEG_DESC
-from pyxen.hypervisor.x86.pv.descriptors import FIRST_RESERVED_GDT_ENTRY, LAST_GDT_BYTE, check_descriptor
+from pyxen.hypervisor.x86.pv.descriptors import (
+    FAST_KERNEL_CS,
+    FIRST_RESERVED_GDT_ENTRY,
+    FLAT_KERNEL_CS,
+    LAST_GDT_BYTE,
+    check_descriptor,
+)
 from pyxen.hypervisor.x86.pv.slots import gdt_va
 
 if TYPE_CHECKING:
@@ -30,7 +36,7 @@ def destroy_gdt(pv: PvVcpu) -> None:
 
 def forget_segments(pv: PvVcpu) -> None:
     """The GDT changed: nothing is known any more of what its selectors name."""
-    pv.flat_code.intersection_update((0xE033,))
+    pv.flat_code.intersection_update((FLAT_KERNEL_CS, FAST_KERNEL_CS))
     pv.user_segments.clear()
 
 

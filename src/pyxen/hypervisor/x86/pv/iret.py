@@ -9,6 +9,8 @@ from pyxen.abi.arch_x86 import IRET_CONTEXT, VGCF_IN_SYSCALL
 from pyxen.abi.xen import MASK64
 from pyxen.errors import GuestAccessError, GuestFault
 from pyxen.hypervisor.x86.pv.descriptors import (
+    FAST_KERNEL_CS,
+    FAST_KERNEL_SS,
     FIRST_RESERVED_GDT_BYTE,
     FLAT_KERNEL_CS,
     FLAT_RING3_CS32,
@@ -130,6 +132,8 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
     pv.bytes[pv.vcpu.info_maddr + 1] = 0 if rflags & 0x200 else 1
     flat = pv.flat_code
     if cs in flat and (ss == FLAT_RING3_DS32 or (cs, ss) in pv.user_segments) and cpu.selector(_CS) in flat:
+        if pv.kernel_mode and not pv.exact and cs == FLAT_KERNEL_CS:
+            cs, ss = FAST_KERNEL_CS, FAST_KERNEL_SS
         cpu.set_selector(_CS, cs)
         cpu.set_selector(_SS, ss)
     else:
@@ -140,7 +144,10 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
             return failsafe(pv, rip, rflags)
         if cs in pv.flat_code:
             pv.user_segments[(cs, ss)] = (cs, ss)
-        cpu.set_cpl(1 if pv.kernel_mode and not pv.exact else 3)
+        if pv.kernel_mode and not pv.exact:
+            pv.at_cpl1(cpu)
+        else:
+            cpu.set_cpl(3)
     cpu.flags = rflags & _FLAGS_KEPT | 0x202
     if not (rip < _CANONICAL_LOW or rip >= _CANONICAL_HIGH):
         return pv.inject(13, 0, rip)

@@ -18,6 +18,7 @@ from pyxen.hypervisor.x86.pv.descriptors import (
     CODE32_DPL3,
     CODE64_DPL1,
     CODE64_DPL3,
+    DATA_DPL1,
     DATA_DPL3,
     FIRST_RESERVED_GDT_PAGE,
 )
@@ -85,6 +86,8 @@ class XenSlots:
         self._memory.q[entry + 4] = CODE32_DPL3  # 0xe023
         self._memory.q[entry + 5] = DATA_DPL3  # 0xe02b
         self._memory.q[entry + 6] = code64  # 0xe033
+        if code64 == CODE64_DPL1:
+            self._memory.q[entry + 9] = DATA_DPL1  # 0xe049: SS of a kernel in fast mode
         return mfn
 
     def root_entry(self) -> int:

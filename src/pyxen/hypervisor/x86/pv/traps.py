@@ -148,7 +148,7 @@ class PvTraps:
             if not pv.exact and cpu.cpl() == 3:
                 # Fast mode: the kernel went to CPL 3 by a transfer the engine did by itself. Its place is CPL 1; try
                 # again there.
-                cpu.set_cpl(1)
+                pv.at_cpl1(cpu)
                 return rip
             if error & (_PF_PRESENT | _PF_WRITE | _PF_RESERVED) == _PF_PRESENT | _PF_WRITE:
                 resumed = ptwr_do_page_fault(pv.vcpu, cpu, va, rip)

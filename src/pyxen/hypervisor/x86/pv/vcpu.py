@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Final
 from pyxen.abi.arch_x86 import HYPERVISOR_VIRT_END, HYPERVISOR_VIRT_START
 from pyxen.abi.xen import MASK64
 from pyxen.errors import GuestAccessError, GuestFault
-from pyxen.hypervisor.x86.pv.descriptors import FLAT_KERNEL_CS, FLAT_KERNEL_SS, LAST_GDT_BYTE
+from pyxen.hypervisor.x86.pv.descriptors import (
+    FAST_KERNEL_CS,
+    FAST_KERNEL_SS,
+    FLAT_KERNEL_CS,
+    FLAT_KERNEL_SS,
+    LAST_GDT_BYTE,
+)
 from pyxen.hypervisor.x86.pv.slots import gdt_va
 from pyxen.hypervisor.x86.pv.walk import guest_walk
 from pyxen.machine.cpu.base import R11, RCX, RSP, Seg
@@ -97,7 +103,10 @@ class PvVcpu:
         self.ldt_base = 0
         self.ldt_ents = 0
         self.ldt_frames: dict[int, int] = {}
-        self.flat_code: set[int] = {FLAT_KERNEL_CS}
+        self.kernel_cs, self.kernel_ss_now = (
+            (FLAT_KERNEL_CS, FLAT_KERNEL_SS) if self.exact else (FAST_KERNEL_CS, FAST_KERNEL_SS)
+        )
+        self.flat_code: set[int] = {FLAT_KERNEL_CS, FAST_KERNEL_CS}
         """Code selectors known to name a flat 64-bit segment of DPL 3 in the current GDT."""
         self.user_segments: dict[tuple[int, int], tuple[int, int]] = {}
         self._read_cache: dict[int, int] = {}
@@ -250,6 +259,14 @@ class PvVcpu:
             self.root_loaded = self.guest_table_user
             cpu.set_cr3(self.guest_table_user << 12)
 
+    def at_cpl1(self, cpu: Cpu) -> None:
+        """Fast mode: the kernel's place, with selectors it can use there in place of the ABI's."""
+        cpu.set_cpl(1)
+        if cpu.selector(_CS) == FLAT_KERNEL_CS:
+            cpu.set_selector(_CS, FAST_KERNEL_CS)
+        if cpu.selector(_SS) == FLAT_KERNEL_SS:
+            cpu.set_selector(_SS, FAST_KERNEL_SS)
+
     # --- entry into the guest kernel ------------------------------------------------------------
 
     def bounce(self, address: int, rip: int, flags: int, error: int | None, mask_events: bool) -> int:
@@ -267,6 +284,8 @@ class PvVcpu:
         if self.kernel_mode:
             stack = sp & ~0xF
             pushed_cs = cs & 0xFFFC
+            if ss == FAST_KERNEL_SS:
+                ss = FLAT_KERNEL_SS
         else:
             self.to_kernel(cpu)
             stack = self.kernel_sp & ~0xF
@@ -300,15 +319,15 @@ class PvVcpu:
         except GuestAccessError as fault:
             raise GuestFault(f"guest kernel stack {stack:#x} is not writable (trap at rip {rip:#x})") from fault
         gpr[RSP] = stack
-        if cs not in self.flat_code:
-            cpu.load_segment(_CS, FLAT_KERNEL_CS, 0, 0xFFFFFFFF, _CODE64)
-            cpu.load_segment(_SS, FLAT_KERNEL_SS, 0, 0xFFFFFFFF, _DATA)
+        if cs not in self.flat_code:  # compatibility mode: the hidden parts are of another kind
+            cpu.load_segment(_CS, self.kernel_cs, 0, 0xFFFFFFFF, _CODE64)
+            cpu.load_segment(_SS, self.kernel_ss_now, 0, 0xFFFFFFFF, _DATA)
             cpu.set_cpl(3 if self.exact else 1)
         else:
-            if cs != FLAT_KERNEL_CS:
-                cpu.set_selector(_CS, FLAT_KERNEL_CS)
-            if ss != FLAT_KERNEL_SS:
-                cpu.set_selector(_SS, FLAT_KERNEL_SS)
+            if cs != self.kernel_cs:
+                cpu.set_selector(_CS, self.kernel_cs)
+            if ss != self.kernel_ss_now:
+                cpu.set_selector(_SS, self.kernel_ss_now)
         if flags & CLEARED_ON_ENTRY:
             cpu.flags = flags & ~CLEARED_ON_ENTRY
         return address
@@ -383,7 +402,10 @@ class PvVcpu:
                 load(self, cpu, cpu.selector(seg) | 3)
             except iret.SegmentFault:
                 raise GuestFault(f"vCPU set up with selector {cpu.selector(seg):#x}, which cannot be loaded") from None
-        cpu.set_cpl(1 if self.kernel_mode and not self.exact else 3)
+        if self.kernel_mode and not self.exact:
+            self.at_cpl1(cpu)
+        else:
+            cpu.set_cpl(3)
         cpu.set_task_switched(self.cr0_ts)
         for number, value in enumerate(self.debugreg):
             if value and number not in (4, 5):
