@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""What the scheduler sees of a hypervisor, and a modelled pCPU that runs workloads in virtual time: no engine, no threads."""
+"""What the scheduler sees of a hypervisor, and a modelled pCPU that runs workloads in virtual time.
+
+No engine, no threads: a second of virtual time takes milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,12 @@ class Memory:
         self.d = self.b.cast("I")
         self.q = self.b.cast("Q")
         self.nr_frames = 256
+
+    def add_listener(self, listener: Callable[[int, int], None]) -> None:
+        pass
+
+    def remove_listener(self, listener: Callable[[int, int], None]) -> None:
+        pass
 
     def read(self, maddr: int, size: int) -> bytes:
         return bytes(self.b[maddr : maddr + size])
@@ -151,7 +160,9 @@ class Hypervisor:
         except KeyError:
             raise XenError(3) from None
 
-    def new_domain(self, *, vcpus: int = 1, weight: int | None = None, cap: int | None = None, up: bool = True) -> Domain:
+    def new_domain(
+        self, *, vcpus: int = 1, weight: int | None = None, cap: int | None = None, up: bool = True
+    ) -> Domain:
         domid = DomId(len(self.domains) + 1)
         domain = Domain(self, domid, max_vcpus=vcpus, handle=bytes(16))  # type: ignore[arg-type]
         self.domains[domid] = domain

@@ -155,7 +155,10 @@ def test_a_callback_may_kill_its_own_timer() -> None:
     assert not timer.active
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from(["set", "stop", "run"]), st.integers(0, 100)), max_size=60))
+_OPERATION = st.tuples(st.integers(0, 9), st.sampled_from(["set", "stop", "run"]), st.integers(0, 100))
+
+
+@given(st.lists(_OPERATION, max_size=60))
 def test_the_queue_agrees_with_a_plain_table(operations: list[tuple[int, str, int]]) -> None:
     timers, fired = queue(), []
     table: dict[int, int] = {}

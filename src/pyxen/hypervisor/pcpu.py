@@ -42,11 +42,16 @@ _LONGEST_SLEEP_S: Final = 3600.0
 _ident = threading.get_ident
 
 
-class Pcpu(threading.Thread):
-    """One pCPU, with the engine's index. The hypervisor makes it known to the scheduler (Schedule.add_cpu) and starts it."""
+class Pcpu:
+    """One pCPU, with the engine's index.
+
+    The hypervisor makes it known to the scheduler (Schedule.add_cpu) and starts it.
+    """
 
     def __init__(self, hypervisor: Hypervisor, cpu: Cpu) -> None:
-        super().__init__(name=f"pcpu{cpu.index}", daemon=True)
+        self.ident: int | None = None
+        """threading.get_ident() of its thread, once it runs."""
+        self._thread = threading.Thread(target=self._loop, name=f"pcpu{cpu.index}", daemon=True)
         self.hypervisor = hypervisor
         self.cpu = cpu
         self.index = cpu.index
@@ -180,11 +185,15 @@ class Pcpu(threading.Thread):
         elif not vcpu.runnable:
             raise InternalError(f"{vcpu} waits for itself to stop")
 
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Start the thread."""
         with self._condition:
             self._started = True
-        super().start()
+        self._thread.start()
 
     def shutdown(self) -> None:
         """Stop the thread and close the engine. From another thread; idempotent."""
@@ -196,7 +205,7 @@ class Pcpu(threading.Thread):
                 self._finished = True
         if started:
             self.kick()
-            self.join()
+            self._thread.join()
         if first:
             self.cpu.close()
 
@@ -208,8 +217,9 @@ class Pcpu(threading.Thread):
 
     # --- the loop --------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def _loop(self) -> None:
         """The thread. Nothing that goes wrong in here ends it: it would take all guests along."""
+        self.ident = _ident()
         try:
             while not self._stopping:
                 try:
@@ -273,8 +283,8 @@ class Pcpu(threading.Thread):
             if cpu.loaded is not context:
                 cpu.load(context)
             vcpu.pv.before_entry(cpu)
-            if self._resched:
-                return  # an event it just got woke somebody more important, or it is no more
+            if self._resched or self._poked:
+                return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns

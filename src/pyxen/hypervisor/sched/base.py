@@ -129,6 +129,14 @@ class Scheduler(Protocol):
         """XEN_DOMCTL_SCHEDOP_getinfo: weight and cap."""
         ...
 
+    def set_global(self, *, tslice_ms: int, ratelimit_us: int) -> None:
+        """XEN_SYSCTL_SCHEDOP_putinfo. Raises XenError(EINVAL)."""
+        ...
+
+    def global_parameters(self) -> dict[str, int]:
+        """XEN_SYSCTL_SCHEDOP_getinfo: "tslice_ms", "ratelimit_us"."""
+        ...
+
     def dump(self, cpu: int) -> list[str]:
         """dump_cpu_state: lines for debug key 'r'. Locked."""
         ...
