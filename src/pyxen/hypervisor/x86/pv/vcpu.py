@@ -239,7 +239,7 @@ class PvVcpu:
         self.kernel_mode = True
         root = self.guest_table
         if self.exact:
-            cpu.set_cr3(root << 12)
+            cpu.switch_space(0, root << 12)
             return
         cpu.set_cpl(1)
         if self.root_loaded != root:
@@ -252,7 +252,9 @@ class PvVcpu:
         cpu.gs_base = self.gs_base_user
         self.kernel_mode = False
         if self.exact:
-            cpu.set_cr3(self.guest_table_user << 12)
+            # Both spaces keep their translations, as with Xen's global user pages: a guest that changes an entry flushes, and every
+            # flush, and every new root, reaches both.
+            cpu.switch_space(1, self.guest_table_user << 12)
             return
         cpu.set_cpl(3)
         if not self._shares_root():
