@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,16 @@ def eventually(condition: Callable[[], bool]) -> bool:
 # --- blocking and waking -------------------------------------------------------------------------------------
 
 
+@pytest.fixture()
+def impatient_gil() -> Iterator[None]:
+    """Threads change places after a microsecond: without it a thread mostly runs until it waits, and nothing races."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("impatient_gil")
 def test_ten_thousand_wakes_race_with_block_and_none_is_lost(rig: Rig) -> None:
     """The waker answers as soon as the guest has handled the last event, just when it is about to block."""
     handled = threading.Semaphore(0)
@@ -160,6 +171,7 @@ def test_two_vcpus_wake_each_other_through_their_own_thread(rig: Rig) -> None:
     assert abs(rounds[0] - rounds[1]) <= 1
 
 
+@pytest.mark.usefixtures("impatient_gil")
 def test_many_threads_pause_unpause_and_wake_one_vcpu(rig: Rig) -> None:
     """Whatever the order, the vCPU ends runnable and runs."""
     domain = rig.domain(spin)
@@ -181,6 +193,50 @@ def test_many_threads_pause_unpause_and_wake_one_vcpu(rig: Rig) -> None:
         thread.join()
     assert (vcpu.pause_count, domain.pause_count) == (0, 0)
     assert eventually(lambda: vcpu.is_running)
+
+
+def from_another_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+def test_a_request_just_before_the_thread_sleeps_is_seen(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes after the loop looked for work; the last thing before sleeping is to ask the timers."""
+    ran = threading.Event()
+    original = rig.pcpu.timers.next_deadline
+
+    def meanwhile() -> int | None:
+        monkeypatch.setattr(rig.pcpu.timers, "next_deadline", original)
+        from_another_thread(lambda: rig.pcpu.post(ran.set))
+        return original()
+
+    monkeypatch.setattr(rig.pcpu.timers, "next_deadline", meanwhile)
+    rig.pcpu.kick()
+    assert ran.wait(WAIT_S)
+
+
+def test_a_request_just_before_the_guest_is_entered_is_served_first(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.up(rig.domain(spin))
+    assert eventually(lambda: rig.pcpu.entries > 0)
+    entries: list[int] = []
+    ran = threading.Event()
+    original = rig.pcpu.timers.run_expired
+
+    def note() -> None:
+        entries.append(rig.pcpu.entries)
+        ran.set()
+
+    def meanwhile(now: int) -> int:
+        monkeypatch.setattr(rig.pcpu.timers, "run_expired", original)
+        entries.append(rig.pcpu.entries)
+        from_another_thread(lambda: rig.pcpu.post(note))
+        return original(now)
+
+    monkeypatch.setattr(rig.pcpu.timers, "run_expired", meanwhile)
+    rig.pcpu.kick()
+    assert ran.wait(WAIT_S)
+    assert entries[0] == entries[1]
 
 
 # --- pausing ----------------------------------------------------------------------------------------------------
@@ -212,6 +268,7 @@ def test_pause_returns_when_registers_are_saved_and_stay(rig: Rig) -> None:
     assert last > 0
 
 
+@pytest.mark.usefixtures("impatient_gil")
 def test_pausing_a_domain_twice_from_two_threads(rig: Rig) -> None:
     domain = rig.domain(spin, spin)
     rig.up(domain)
