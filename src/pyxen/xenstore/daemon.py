@@ -70,7 +70,7 @@ class XenstoreDaemon:
     """The host's registry.  Methods are for the event loop's thread."""
 
     def __init__(self, privcmd: HypervisorFace | None = None, *, log: logging.Logger | None = None) -> None:
-        self.service = Service(self._connect_guest, log=log)
+        self.service = Service(self._connect_guest, self._domain_state if privcmd is not None else None, log=log)
         self._privcmd = privcmd
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: SocketServer | None = None
@@ -124,9 +124,10 @@ class XenstoreDaemon:
     def reap(self) -> None:
         """Look which domains have shut down or gone, and tell (what VIRQ_DOM_EXC makes the daemon do)."""
         self._reap_due = False
-        privcmd = self._privcmd
-        if privcmd is not None:
-            self.service.domains.reap(lambda domid: privcmd.domain_info(DomId(domid)))
+        self.service.domains.reap()
+
+    def _domain_state(self, domid: int) -> DomainState | None:
+        return self._privcmd.domain_info(DomId(domid)) if self._privcmd is not None else None
 
     def _on_dom_exc(self) -> None:
         loop = self._loop

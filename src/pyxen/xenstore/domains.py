@@ -9,7 +9,7 @@ another domain's next.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from pyxen.abi.xen import DOMID_FIRST_RESERVED
@@ -19,17 +19,6 @@ from pyxen.xenstore.watch import INTRODUCE_DOMAIN, RELEASE_DOMAIN
 if TYPE_CHECKING:
     from pyxen.xenstore.connection import Connection
     from pyxen.xenstore.service import Service
-
-
-class GuestConnection(Protocol):
-    """A connection over a guest's ring (:class:`pyxen.xenstore.ring.RingConnection`)."""
-
-    @property
-    def conn(self) -> Connection:
-        """The connection."""
-
-    def close(self) -> None:
-        """Unmap the ring and unbind the port."""
 
 
 class DomainState(Protocol):
@@ -54,11 +43,13 @@ class _Introduced:
 
 
 class Domains:
-    """Introduced domains.  ``connect(domid, gfn, port)`` opens a guest's ring and raises XenError if it cannot."""
+    """Introduced domains, and those the tree knows; see :class:`Service` for ``connect`` and ``state``."""
 
-    def __init__(self, service: Service, connect: Callable[[int, int, int], Connection]) -> None:
+    def __init__(self, service: Service, connect: Callable[[int, int, int], Connection],
+                 state: Callable[[int], DomainState | None] | None) -> None:
         self._service = service
         self._connect = connect
+        self._state = state
         self._introduced: dict[int, _Introduced] = {}
 
     def introduce(self, domid: int, gfn: int, port: int) -> None:
@@ -107,11 +98,24 @@ class Domains:
         """Whether the daemon listens to ``domid``; dom0 always counts."""
         return domid == 0 or domid in self._introduced
 
-    def reap(self, state: Callable[[int], DomainState | None]) -> None:
-        """Look at every domain's ``state`` (None: it is no more) after VIRQ_DOM_EXC, and tell what is new."""
+    def absent(self, domids: Iterable[int]) -> set[int]:
+        """Those of ``domids`` that no domain has: what is granted to them must not wait for whoever is next."""
+        state = self._state
+        if state is None:
+            return set()
+        return {domid for domid in domids
+                if domid and domid not in self._introduced and (domid >= DOMID_FIRST_RESERVED or state(domid) is None)}
+
+    def reap(self) -> None:
+        """After VIRQ_DOM_EXC: look how the domains are, and tell what is new."""
+        if self._state is None:
+            return
+        for domid in self.absent(self._service.store.known_domains()):
+            # Gone before it was introduced: nobody else needs to hear.
+            self._service.remove_domain_nodes(domid)
         news = False
         for domid, known in list(self._introduced.items()):
-            now = state(domid)
+            now = self._state(domid)
             if now is None or now.dying:
                 self.release(domid)
             elif now.shutdown and not known.shutdown:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Final
 
 from pyxen.errors import XenError
@@ -32,18 +32,25 @@ Entry = tuple[int, int]
 
 
 class Permissions:
-    """An immutable permission list; ``encoded`` is its wire form, entries each ended by NUL."""
+    """An immutable permission list; ``encoded`` is its wire form, entries each ended by NUL.
 
-    __slots__ = ("_acl", "default", "encoded", "entries", "owner")
+    ``void`` holds the places of entries that are shown but count for nobody: their domain is gone, and its number may
+    be another domain's by now (XSA-322).
+    """
 
-    def __init__(self, entries: Iterable[Entry], *, revoked: frozenset[int] = frozenset()) -> None:
+    __slots__ = ("_acl", "_void", "default", "encoded", "entries", "owner")
+
+    def __init__(self, entries: Iterable[Entry], *, void: frozenset[int] = frozenset()) -> None:
         self.entries = tuple(entries)
-        self.owner, self.default = self.entries[0]
         self.encoded = b"".join(b"%s%d\0" % (_LETTERS[flags], domid) for domid, flags in self.entries)
+        self._void = void
+        self.owner, self.default = self.entries[0]
+        if 0 in void:
+            self.owner = 0
         acl: dict[int, int] = {}
-        for domid, flags in self.entries[1:]:
-            # The first entry that names a domain counts, and one of a domain that died counts for nobody.
-            if domid not in revoked:
+        for place, (domid, flags) in enumerate(self.entries):
+            if place and place not in void:
+                # Of several entries for one domain the first counts.
                 acl.setdefault(domid, flags)
         self._acl = acl
 
@@ -77,17 +84,16 @@ class Permissions:
         """What a child that unprivileged ``domid`` creates under a node with this list gets: the list, itself first."""
         if self.owner == domid:
             return self
-        return Permissions(((domid, self.default), *self.entries[1:]))
+        return Permissions(((domid, self.default), *self.entries[1:]), void=self._void - {0})
 
-    def mentions(self) -> Iterable[int]:
-        """Unprivileged domains with an entry that still counts, the owner not among them."""
-        return self._acl.keys()
+    def domains(self) -> set[int]:
+        """Unprivileged domains that the list makes its owner or names."""
+        return {domid for domid in (self.owner, *self._acl) if domid}
 
-    def revoke(self, domid: int) -> Permissions:
-        """The same list with ``domid``'s entries void, though still shown: its number may be another domain's soon."""
-        live = self._acl.keys()
-        gone = {entry[0] for entry in self.entries[1:] if entry[0] not in live}
-        return Permissions(self.entries, revoked=frozenset(gone | {domid}))
+    def revoke(self, domids: Container[int]) -> Permissions:
+        """The same list with the entries of these domains void."""
+        gone = {place for place, (domid, _) in enumerate(self.entries) if domid and domid in domids}
+        return Permissions(self.entries, void=self._void | gone) if gone else self
 
 
 DOM0_ONLY: Final = Permissions([(0, 0)])

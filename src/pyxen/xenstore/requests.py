@@ -25,7 +25,7 @@ from pyxen.xenstore.domain_requests import (
 )
 from pyxen.xenstore.permissions import OWNER, READ, WRITE, Permissions
 from pyxen.xenstore.quota import MAX_SOCKET_TRANSACTIONS, MAX_SOCKET_WATCHES
-from pyxen.xenstore.store import ROOT, Node, View, is_valid_node_path
+from pyxen.xenstore.store import PERMISSION_BYTES, ROOT, Node, View, is_valid_node_path
 from pyxen.xenstore.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -233,15 +233,18 @@ def set_perms(service: Service, conn: Connection, req_id: int, tx_id: int, paylo
     if strings[0].startswith(b"@"):
         if not conn.privileged or strings[0] not in service.special:
             raise XenError(errno.EACCES)
+        perms = perms.revoke(service.domains.absent(perms.domains()))
         service.special[strings[0]] = perms
         return OK
     path = _node_path(service, conn, strings[0])
     view = _view(service, conn, tx_id)
-    before = _node(view, conn, path, OWNER).perms
+    node = _node(view, conn, path, OWNER)
+    before = node.perms
     if not conn.privileged:
         if perms.owner != before.owner:
             raise XenError(errno.EPERM)
-        _charge_size(service, view, _node(view, conn, path, OWNER), 8 * (len(perms.entries) - len(before.entries)))
+        _charge_size(service, view, node, PERMISSION_BYTES * (len(perms.entries) - len(before.entries)))
+    perms = perms.revoke(service.domains.absent(perms.domains()))
     view.set_perms(path, perms)
     if tx_id == 0:
         service.watches.fire(path, (perms, before))
@@ -271,7 +274,8 @@ def watch(service: Service, conn: Connection, req_id: int, tx_id: int, payload: 
     key = path, strings[1]
     if key in conn.watches:
         raise XenError(errno.EEXIST)
-    if len(conn.watches) >= (MAX_SOCKET_WATCHES if conn.privileged else service.quota.watches):
+    # "More than" the quota, as in the C daemon: one goes over it.
+    if len(conn.watches) > (MAX_SOCKET_WATCHES if conn.privileged else service.quota.watches):
         raise XenError(errno.E2BIG)
     registered = conn.watches[key] = service.watches.add(conn, path, strings[1], hidden)
     conn.send(XsType.WATCH, req_id, tx_id, OK)

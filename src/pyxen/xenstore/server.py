@@ -154,7 +154,8 @@ class SocketConnection(Connection):
             self._loop.call_soon(self._serve_rest)
 
     def _has_whole_message(self) -> bool:
-        return len(self._in) - _HEADER_BYTES >= SOCKMSG.unpack_from(self._in)[3]
+        length: int = SOCKMSG.unpack_from(self._in)[3]
+        return len(self._in) - _HEADER_BYTES >= length
 
     def _serve_rest(self) -> None:
         if not self.closed and not self._paused and len(self._in) >= _HEADER_BYTES:

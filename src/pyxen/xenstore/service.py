@@ -12,7 +12,7 @@ from pyxen.abi.io.xs_wire import ERROR_NAMES, XS_TYPE_COUNT, XsType
 from pyxen.errors import XenError
 from pyxen.xenstore.connection import Connection
 from pyxen.xenstore.control import printable
-from pyxen.xenstore.domains import Domains
+from pyxen.xenstore.domains import Domains, DomainState
 from pyxen.xenstore.permissions import DOM0_ONLY, Permissions
 from pyxen.xenstore.quota import Quota
 from pyxen.xenstore.requests import HANDLERS
@@ -30,10 +30,13 @@ _ENOSYS: Final = _WIRE_ERRORS[errno.ENOSYS]
 class Service:
     """The store, its watches and the domains, served to connections on one thread.
 
-    ``connect(domid, gfn, port)`` opens the ring of a domain being introduced.
+    ``connect(domid, gfn, port)`` opens the ring of a domain being introduced, ``state(domid)`` is what the hypervisor
+    says of a domain, None when there is none (without a hypervisor to ask, every domain is taken to live).
     """
 
-    def __init__(self, connect: Callable[[int, int, int], Connection], *, log: logging.Logger | None = None) -> None:
+    def __init__(self, connect: Callable[[int, int, int], Connection],
+                 state: Callable[[int], DomainState | None] | None = None, *,
+                 log: logging.Logger | None = None) -> None:
         self.log = log or logging.getLogger("pyxen.xenstore")
         self.log_requests = False
         self.quota = Quota()
@@ -41,7 +44,7 @@ class Service:
         self.watches = Watches(self.store.nodes)
         self.special: dict[bytes, Permissions] = {INTRODUCE_DOMAIN: DOM0_ONLY, RELEASE_DOMAIN: DOM0_ONLY}
         """Who but dom0 hears of domains coming and going."""
-        self.domains = Domains(self, connect)
+        self.domains = Domains(self, connect, state)
         self.store.create(b"/tool/xenstored", b"", 0)
 
     def handle(self, conn: Connection, message_type: int, req_id: int, tx_id: int, payload: bytes) -> None:
@@ -99,7 +102,7 @@ class Service:
                 self.fire_removed(self.store.remove(path))
         self.store.revoke(domid)
         for name, perms in self.special.items():
-            self.special[name] = perms.revoke(domid)
+            self.special[name] = perms.revoke({domid})
 
     def _log_request(self, conn: Connection, message_type: int, tx_id: int, payload: bytes) -> None:
         name = XsType(message_type).name if message_type in XsType._value2member_map_ else str(message_type)

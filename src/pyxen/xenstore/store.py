@@ -26,7 +26,7 @@ _NODE_NAME: Final = re.compile(rb"/(?:[-A-Za-z0-9_@]+(?:/[-A-Za-z0-9_@]+)*)?")
 _DOMAIN_HOME: Final = re.compile(rb"/local/domain/\d+/")
 
 _NODE_HEADER_BYTES: Final = 24
-_PERMISSION_BYTES: Final = 8
+PERMISSION_BYTES: Final = 8
 
 
 def is_valid_node_path(path: bytes) -> bool:
@@ -85,7 +85,7 @@ class Node:
 
     def size_bytes(self) -> int:
         """The node's size as the node-size quota counts it: the C daemon's record in its database."""
-        return (_NODE_HEADER_BYTES + _PERMISSION_BYTES * len(self.perms.entries)
+        return (_NODE_HEADER_BYTES + PERMISSION_BYTES * len(self.perms.entries)
                 + len(self.value) + len(self.listing()))
 
 
@@ -96,7 +96,7 @@ class Store:
         self.generation = 0
         self.nodes: dict[bytes, Node] = {ROOT: Node(b"", DOM0_ONLY, {}, 0)}
         self._owned: dict[int, set[bytes]] = {}
-        self._mentioned: dict[int, set[bytes]] = {}
+        self._named: dict[int, set[bytes]] = {}
 
     # --- what Store and Transaction have in common ---------------------------------------------------------------
 
@@ -134,12 +134,12 @@ class Store:
                 break
             missing.append(parent)
         perms = above.perms if creator == 0 else above.perms.owned_by(creator)
-        owned = bool(creator or perms.owner or perms.entries[1:])
+        charged = bool(perms.domains())
         children: dict[bytes, None] = {}
         for absent in missing:
             self.generation += 1
             self.nodes[absent] = Node(value, perms, children, self.generation)
-            if owned:
+            if charged:
                 self._index_in(absent, perms)
             value, children = b"", {base_name(absent): None}
         self._changing(parent).add_child(base_name(absent))
@@ -183,10 +183,14 @@ class Store:
         """Paths of those nodes, sorted, so that a parent comes before its children."""
         return sorted(self._owned.get(domid, ()))
 
+    def known_domains(self) -> set[int]:
+        """Unprivileged domains that own a node or are named in a permission list."""
+        return self._owned.keys() | self._named.keys()
+
     def revoke(self, domid: int) -> None:
         """Void every permission entry of a domain that is gone."""
-        for path in sorted(self._mentioned.get(domid, ())):
-            self.set_perms(path, self.nodes[path].perms.revoke(domid))
+        for path in sorted(self._named.get(domid, ())):
+            self.set_perms(path, self.nodes[path].perms.revoke({domid}))
 
     def check(self) -> Iterator[str]:
         """Sentences about everything inconsistent (CONTROL check); none is the only right answer."""
@@ -220,18 +224,13 @@ class Store:
         return node
 
     def _index_in(self, path: bytes, perms: Permissions) -> None:
-        if perms.owner:
-            self._owned.setdefault(perms.owner, set()).add(path)
-        for domid in perms.mentions():
-            if domid:
-                self._mentioned.setdefault(domid, set()).add(path)
+        for domid in perms.domains():
+            index = self._owned if domid == perms.owner else self._named
+            index.setdefault(domid, set()).add(path)
 
     def _index_out(self, path: bytes, perms: Permissions) -> None:
-        if perms.owner:
-            _discard(self._owned, perms.owner, path)
-        for domid in perms.mentions():
-            if domid:
-                _discard(self._mentioned, domid, path)
+        for domid in perms.domains():
+            _discard(self._owned if domid == perms.owner else self._named, domid, path)
 
 
 def _discard(index: dict[int, set[bytes]], domid: int, path: bytes) -> None:
