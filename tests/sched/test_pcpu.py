@@ -110,7 +110,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 # --- blocking and waking -------------------------------------------------------------------------------------
 
 
-@pytest.fixture()
+@pytest.fixture
 def impatient_gil() -> Iterator[None]:
     """Threads change places after a microsecond: without it a thread mostly runs until it waits, and nothing races."""
     before = sys.getswitchinterval()
