@@ -65,8 +65,9 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse({"error": " ".join(str(error).splitlines()), "hint": hint, "exit": 1}, status)
 
 
-def _guarded(endpoint: Endpoint) -> Endpoint:
+def _guarded(endpoint: Endpoint, before: Callable[[], None]) -> Endpoint:
     async def answer(request: Request) -> Response:
+        before()
         try:
             return await endpoint(request)
         except ClientDisconnect:
@@ -115,6 +116,8 @@ class Routes:
 
     def __init__(self, host: Host) -> None:
         self.host = host
+        self.last_request = asyncio.get_running_loop().time()
+        """When the last request came, in the event loop's time."""
         self.actions: dict[str, Action] = {
             "pause": self._pause,
             "unpause": self._unpause,
@@ -132,6 +135,7 @@ class Routes:
             ("GET", "/uptime", self.uptime),
             ("GET", "/dmesg", self.dmesg),
             ("POST", "/debug-keys", self.debug_keys),
+            ("GET", "/sched-credit", self.sched_credit_pool),
             ("POST", "/host/stop", self.stop),
             ("GET", "/domains", self.list_domains),
             ("POST", "/domains", self.create_domain),
@@ -143,8 +147,13 @@ class Routes:
             ("POST", "/domains/{which}/sched-credit", self.sched_credit),
             ("POST", "/domains/{which}/{action}", self.act_on_domain),
         ]
-        routes = [Route(path, _guarded(endpoint), methods=[method]) for method, path, endpoint in table]
+        routes = [
+            Route(path, _guarded(endpoint, self._note_request), methods=[method]) for method, path, endpoint in table
+        ]
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+    def _note_request(self) -> None:
+        self.last_request = asyncio.get_running_loop().time()
 
     # --- the host ---------------------------------------------------------------------------------
 
@@ -166,6 +175,9 @@ class Routes:
         fields.finish()
         self.host.debug_keys(keys)
         return JSONResponse({})
+
+    async def sched_credit_pool(self, _request: Request) -> Response:
+        return JSONResponse(self.host.sched_credit_pool())
 
     async def stop(self, request: Request) -> Response:
         (await read_fields(request)).finish()

@@ -17,13 +17,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from pyxen.toolstack.domains import DomainRecord, Phase
+from pyxen.toolstack.info import shutdown_reason
 from pyxen.toolstack.operations import Operations
 from pyxen.toolstack.services import first_line
 
 log = logging.getLogger("pyxen.toolstack")
-
-SHUTDOWN_REASONS: Final = {0: "poweroff", 1: "reboot", 2: "suspend", 3: "crash", 4: "watchdog", 5: "soft-reset"}
-"""``SHUTDOWN_*`` (xen/include/public/sched.h)."""
 
 MINIMUM_LIFE_S: Final = 2.0
 """A domain is not restarted sooner than this after its creation, so that a guest that crashes at once cannot keep
@@ -68,7 +66,7 @@ class Lifecycle:
                 self._ended(record, info.shutdown_code)
 
     def _ended(self, record: DomainRecord, code: int) -> None:
-        reason = SHUTDOWN_REASONS.get(code, f"unknown-{code}")
+        reason = shutdown_reason(code)
         action = action_for(record, reason)
         record.ended(reason)
         self.operations.events.add(record.domid, "shutdown", reason=reason, action=action)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pyxen.abi.xen import DomId
+from pyxen.abi.xen import DomId, EvtchnPort
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.privcmd import PrivCmd
@@ -73,8 +73,8 @@ class Builder(Protocol):
         record: DomainRecord,
         kernel: KernelImage,
         ramdisk: bytes | None,
-        store_port: int,
-        console_port: int,
+        store_port: EvtchnPort,
+        console_port: EvtchnPort,
     ) -> BuiltRings: ...
 
 
