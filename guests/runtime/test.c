@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#include "guest.h"
+
+struct start_info *start_info;
+struct shared_info *shared;
+static u8 shared_page[PAGE_SIZE] PAGE_ALIGNED;
+struct vcpu_info *const vcpu0 = (struct vcpu_info *)shared_page;
+
+static u8 trap_stack[16384] __attribute__((aligned(16)));   /* where traps from user mode arrive */
+
+void run_tests(void);
+
+void shutdown(u32 reason)
+{
+    console_flush();
+    for (;;)
+        HC2(sched_op, SCHEDOP_shutdown, &reason);
+}
+
+void guest_main(struct start_info *start)
+{
+    start_info = start;
+    shared = (struct shared_info *)shared_page;
+    if (HC3(update_va_mapping, shared_page, start->shared_info | PTE_KERNEL_RW, UVMF_INVLPG))
+        __asm__ volatile("ud2");
+    traps_init(0);
+    HC2(stack_switch, KERNEL_SS, trap_stack + sizeof(trap_stack));
+    run_tests();
+    shutdown(SHUTDOWN_poweroff);
+}
