@@ -11,7 +11,7 @@ import threading
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from pyxen.abi.xen import DomId, Virq
+from pyxen.abi.xen import DomId
 from pyxen.hypervisor.lock import TicketLock
 
 if TYPE_CHECKING:
@@ -94,36 +94,3 @@ class Domain:
 
     def __repr__(self) -> str:
         return f"d{self.domid}"
-
-
-def domain_shutdown(domain: Domain, code: int) -> None:
-    """domain_shutdown(): stop every vCPU and tell dom0 why; the first reason given is the one that counts."""
-    with domain.lock:
-        if domain.shutdown_code == -1:
-            domain.shutdown_code = code
-        if domain.is_shutting_down:
-            return
-        domain.is_shutting_down = True
-    scheduler = domain.hypervisor.scheduler
-    for vcpu in domain.vcpus:
-        vcpu.paused_for_shutdown = True
-        scheduler.vcpu_pause_nosync(vcpu)
-    domain.is_shut_down = True
-    domain.hypervisor.send_global_virq(Virq.DOM_EXC)
-
-
-def domain_resume(domain: Domain) -> None:
-    """domain_resume(): undo a shutdown (XEN_DOMCTL_resumedomain, after a suspend that was cancelled)."""
-    scheduler = domain.hypervisor.scheduler
-    scheduler.domain_pause(domain)
-    try:
-        with domain.lock:
-            domain.is_shutting_down = domain.is_shut_down = False
-            domain.shutdown_code = -1
-            domain.crash_reason = ""
-        for vcpu in domain.vcpus:
-            if vcpu.paused_for_shutdown:
-                vcpu.paused_for_shutdown = False
-                scheduler.vcpu_unpause(vcpu)
-    finally:
-        scheduler.domain_unpause(domain)
