@@ -35,7 +35,8 @@ class ConsoleStream:
     async def write(self, data: bytes | str) -> None:
         """Type, as fast as the guest takes it. Raises HostError when the console is known to be closed."""
         data = data.encode() if isinstance(data, str) else data
-        while not self.closed and (data := data[self._write(data) :]):
+        # The guest takes input when it likes and tells nobody but the ring: there is no event to wait for.
+        while not self.closed and (data := data[self._write(data) :]):  # noqa: ASYNC110
             await asyncio.sleep(_TYPING_PAUSE_S)
         if self.closed:
             raise HostError("the console is closed: its domain is gone")
