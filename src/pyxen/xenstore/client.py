@@ -17,7 +17,7 @@ import asyncio
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -223,7 +223,9 @@ class Client(Operations):
         try:
             yield Transaction(self, ident)
         except BaseException:
-            await self.request(XsType.TRANSACTION_END, b"F\0", ident)
+            # A transaction or connection that is gone already is as good as aborted: the reason we are here is told.
+            with suppress(XenError, HostError):
+                await self.request(XsType.TRANSACTION_END, b"F\0", ident)
             raise
         await self.request(XsType.TRANSACTION_END, b"T\0", ident)
 

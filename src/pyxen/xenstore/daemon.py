@@ -121,6 +121,10 @@ class XenstoreDaemon:
         """Whether ``domid`` has been introduced and not released."""
         return self.service.domains.is_introduced(domid)
 
+    def socket_clients(self) -> int:
+        """Number of programs connected to the socket."""
+        return len(self._server.connections) if self._server is not None else 0
+
     def reap(self) -> None:
         """Look which domains have shut down or gone, and tell (what VIRQ_DOM_EXC makes the daemon do)."""
         self._reap_due = False

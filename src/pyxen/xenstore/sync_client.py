@@ -7,7 +7,7 @@ import errno
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -130,7 +130,9 @@ class SyncClient(SyncTransaction):
         try:
             yield SyncTransaction(self, ident)
         except BaseException:
-            self.exchange(XsType.TRANSACTION_END, b"F\0", ident)
+            # A transaction or connection that is gone already is as good as aborted: the reason we are here is told.
+            with suppress(XenError, HostError):
+                self.exchange(XsType.TRANSACTION_END, b"F\0", ident)
             raise
         self.exchange(XsType.TRANSACTION_END, b"T\0", ident)
 

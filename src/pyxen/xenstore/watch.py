@@ -74,6 +74,10 @@ class Watches:
         if not watches:
             del self._by_path[watch.path]
 
+    def count(self) -> int:
+        """Number of watches of all connections."""
+        return sum(len(watches) for watches in self._by_path.values())
+
     def remove_all(self, watches: Iterable[Watch]) -> None:
         """Forget several."""
         for watch in watches:
