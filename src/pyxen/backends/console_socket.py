@@ -69,13 +69,14 @@ class ConsoleSocket:
             async for data in output:
                 writer.write(data)
                 await writer.drain()
+            writer.close()
+            await writer.wait_closed()
         except (ConnectionError, asyncio.CancelledError):
-            # The client left, or the console closes: either way this client is done.
-            pass
+            # The client left, or did not take its rest in time: what it has not read is nobody's any more.
+            writer.transport.abort()
         finally:
             output.detach()
             typing.cancel()
-            writer.close()
             self._clients.discard(task)
 
     async def _take_input(self, reader: asyncio.StreamReader, output: ConsoleReader) -> None:
