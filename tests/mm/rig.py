@@ -7,6 +7,7 @@ build a mapped stack first.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -168,10 +169,14 @@ class Rig:
         self.dom0 = self.add(0, privileged=True)
         self.baseline = self.allocator.free_frames
         self.continuations = 0
+        self.between: Callable[[], bool] = lambda: True
+        """Called between two goes of a hypercall; False and the guest does not come back for it."""
 
     def _flush(self, domain: Any) -> None:
         assert self.frames.lock.held()
         self.flushes.append(domain.domid)
+        for vcpu in domain.vcpus:
+            vcpu.pv.flush_tlb()
 
     def add(self, domid: int, mode: str = "fast", **kwargs: Any) -> FakeDomain:
         domain = self.domains[domid] = FakeDomain(self, domid, mode, **kwargs)
@@ -196,6 +201,8 @@ class Rig:
                 assert again.arguments != arguments or self.frames.partial or self.frames.deferred
                 self.continuations += 1
                 arguments = again.arguments
+                if not self.between():
+                    return -errno.EINTR
             except XenError as error:
                 return -error.errno
         raise AssertionError("the hypercall makes no progress")

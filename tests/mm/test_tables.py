@@ -157,7 +157,7 @@ def test_linear_page_tables_are_refused(rig: Rig, d: FakeDomain, flags: int) -> 
 
 def test_rw_change_of_an_upper_entry_is_no_fast_path(rig: Rig, d: FakeDomain) -> None:
     """XSA-182: turning on RW is checked like a new entry."""
-    l4, l3, l2, l1 = rig.tree(d)
+    l4, l3, _, _ = rig.tree(d)
     rig.set(l4, 0, l3 << 12 | P)
     assert rig.pin(d, 4, l4) == 0
     calls: list[int] = []

@@ -76,7 +76,7 @@ def _roots(frames: FrameTable, domain: Domain) -> bool:
         for mfn in (root, user):
             if mfn:
                 frames.put_root(mfn)
-        if frames.preempt():
+        if (root or user) and frames.preempt():
             return False
     return True
 

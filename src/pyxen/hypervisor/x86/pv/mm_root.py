@@ -46,7 +46,7 @@ def switch_guest_table(pv: PvVcpu, mfn: int) -> int:
     frames = domain.hypervisor.frames
     old = pv.guest_table
     # Particularly important when this is the continuation of a switch whose old table took too long to drop.
-    if old != mfn:
+    if old != mfn or not mfn:  # frame 0 is nobody's: refused below
         rc = frames.get_root(mfn, domain.domid, PGT_L4)
         if rc:
             return rc
