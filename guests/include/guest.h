@@ -11,6 +11,7 @@
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 extern struct start_info *start_info;
+extern u16 boot_cs, boot_ss;                    /* 0xe033 and 0xe02b; in fast mode others, of a lower RPL */
 extern struct shared_info *shared;
 extern struct vcpu_info *const vcpu0;
 
@@ -64,8 +65,7 @@ extern struct caught caught;
 s64 catch_trap(void (*fn)(u64), u64 arg);
 /* What handles traps that are not caught; the default prints and crashes. */
 extern void (*trap_handler)(struct regs *regs);
-extern u8 user_traps_masked;
-void traps_init(u8 flags_of_80);
+void traps_init(u8 flags_of_91);                /* flags of the gate of vector 0x91: DPL, 4 to mask events */
 
 /* --- events --- */
 extern volatile u64 event_count[4096];

@@ -2,6 +2,7 @@
 #include "guest.h"
 
 struct start_info *start_info;
+u16 boot_cs, boot_ss;
 struct shared_info *shared;
 static u8 shared_page[PAGE_SIZE] PAGE_ALIGNED;
 struct vcpu_info *const vcpu0 = (struct vcpu_info *)shared_page;
@@ -20,6 +21,7 @@ void shutdown(u32 reason)
 void guest_main(struct start_info *start)
 {
     start_info = start;
+    __asm__("mov %%cs, %0\n mov %%ss, %1" : "=r"(boot_cs), "=r"(boot_ss));
     shared = (struct shared_info *)shared_page;
     if (HC3(update_va_mapping, shared_page, start->shared_info | PTE_KERNEL_RW, UVMF_INVLPG))
         __asm__ volatile("ud2");

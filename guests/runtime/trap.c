@@ -13,13 +13,15 @@ extern char catch_landing[], user_landing[], event_entry[], failsafe_entry[], sy
 #define DECLARE(v) extern char trap_##v[];
 EACH(DECLARE)
 DECLARE(128)
+DECLARE(145)
 
-void traps_init(u8 flags_of_80)
+void traps_init(u8 flags_of_91)
 {
 #define ENTRY(v) { v, (v) == 3 || (v) == 4 ? 3 : 0, KERNEL_CS, (u64)trap_##v },
     const struct trap_info table[] = {
         EACH(ENTRY)
-        { 0x80, flags_of_80, KERNEL_CS, (u64)trap_128 },
+        { 0x80, 0, KERNEL_CS, (u64)trap_128 },
+        { 0x91, flags_of_91, KERNEL_CS, (u64)trap_145 },
         { 0, 0, 0, 0 },
     };
     if (HC1(set_trap_table, table) || HC3(set_callbacks, event_entry, failsafe_entry, syscall_entry))

@@ -37,7 +37,7 @@ static void a_frame_comes_and_goes(void)
         CHECK_EQ(remap(page, 0), 0);
         CHECK_EQ(reservation(XENMEM_decrease_reservation, &mfn, 1, 0), 1);
         CHECK_EQ(domain_query(XENMEM_current_reservation), before - 1);
-        CHECK_EQ(remap(page, mfn * PAGE_SIZE | PTE_KERNEL_RW), -EINVAL);
+        CHECK_EQ(remap(page, mfn * PAGE_SIZE | PTE_KERNEL_RW), -EBUSY);
         u64 extent = pfn;
         CHECK_EQ(reservation(XENMEM_populate_physmap, &extent, 1, 0), 1);
         mfn = extent;
@@ -90,7 +90,7 @@ static void a_mapped_frame_survives_its_release(void)
     CHECK_EQ(reservation(XENMEM_decrease_reservation, &mfn, 1, 0), 1);
     CHECK_EQ(page[17], 0x77);
     CHECK_EQ(remap(page, 0), 0);
-    CHECK_EQ(remap(page, mfn * PAGE_SIZE | PTE_KERNEL_RW), -EINVAL);
+    CHECK_EQ(remap(page, mfn * PAGE_SIZE | PTE_KERNEL_RW), -EBUSY);
     u64 extent = pfn;
     CHECK_EQ(reservation(XENMEM_populate_physmap, &extent, 1, 0), 1);
     CHECK_EQ(remap(page, extent * PAGE_SIZE | PTE_KERNEL_RW), 0);

@@ -21,10 +21,11 @@ static NOINLINE void read_at(u64 address)
 }
 static NOINLINE void write_at(u64 address) { *(volatile u64 *)address = 1; }
 static NOINLINE void jump_to(u64 address) { ((void (*)(void))address)(); }
-static NOINLINE void int80(u64 unused)
+static NOINLINE void int91(u64 unused)
 {
-    __asm__ volatile(".globl int_at\nint_at: int $0x80\n.globl int_after\nint_after:");
+    __asm__ volatile(".globl int_at\nint_at: int $0x91\n.globl int_after\nint_after:");
 }
+static NOINLINE void int80(u64 unused) { __asm__ volatile("int $0x80"); }
 static NOINLINE void int90(u64 unused) { __asm__ volatile("int $0x90"); }
 static NOINLINE void int4(u64 unused) { __asm__ volatile("int $4"); }
 static NOINLINE void single_step(u64 unused)
@@ -89,9 +90,10 @@ static void xen_area_is_out_of_reach(void)
 static void software_interrupts(void)
 {
     traps_init(0);
-    EXPECT(int80, 0, 13, 0x80 * 8 + 2, int_at);
+    EXPECT(int91, 0, 13, 0x91 * 8 + 2, int_at);
+    EXPECT(int80, 0, 128, 0, 0);                /* Xen's direct gate for system calls asks nobody */
     traps_init(1);
-    EXPECT(int80, 0, 128, 0, int_after);
+    EXPECT(int91, 0, 0x91, 0, int_after);
     EXPECT(int90, 0, 13, 0x90 * 8 + 2, 0);
     EXPECT(int4, 0, 4, 0, 0);
     traps_init(0);
@@ -101,17 +103,17 @@ static void gates_can_mask_events(void)
 {
     vcpu0->upcall_mask = 0;
     traps_init(1);
-    CHECK_EQ(catch_trap(int80, 0), 128);
+    CHECK_EQ(catch_trap(int91, 0), 0x91);
     CHECK_EQ(caught.upcall_mask, 0);
     CHECK_EQ(caught.rflags & 0x200, 0x200);
     traps_init(1 | 4);
-    CHECK_EQ(catch_trap(int80, 0), 128);
+    CHECK_EQ(catch_trap(int91, 0), 0x91);
     CHECK_EQ(caught.upcall_mask, 1);
     CHECK_EQ(caught.rflags & 0x200, 0x200);     /* IF in the frame is the mask before */
     CHECK_EQ(caught.cs >> 32, 0);
     CHECK_EQ(vcpu0->upcall_mask, 0);            /* and the return restored it */
     vcpu0->upcall_mask = 1;
-    CHECK_EQ(catch_trap(int80, 0), 128);
+    CHECK_EQ(catch_trap(int91, 0), 0x91);
     CHECK_EQ(caught.rflags & 0x200, 0);
     CHECK_EQ(caught.cs >> 32, 1);
     CHECK_EQ(vcpu0->upcall_mask, 1);
@@ -134,11 +136,16 @@ static void debug_registers(void)
     CHECK_EQ(HC1(get_debugreg, 0), (u64)&watched);
     CHECK_EQ(HC2(set_debugreg, 1, 0xffff830000000000), -EPERM);
     CHECK_EQ(HC2(set_debugreg, 9, 0), -EINVAL);
+}
+
+static void data_watchpoint(void)
+{
+    CHECK_EQ(HC2(set_debugreg, 0, &watched), 0);
     CHECK_EQ(HC2(set_debugreg, 7, 0x400 | 1 | 1 << 16 | 2 << 18), 0);       /* L0, write, 8 bytes */
     s64 vector = catch_trap(write_watched, 7);
     HC2(set_debugreg, 7, 0x400);
-    CHECK_EQ(vector, 1);
     CHECK_EQ(watched, 7);
+    CHECK_EQ(vector, 1);
     CHECK_EQ(HC1(get_debugreg, 6) & 0xf, 1);
     CHECK_EQ(catch_trap(write_watched, 8), -1);
 }
@@ -183,6 +190,7 @@ TESTS({ "divide_error", divide_error }, { "int3", int3 }, { "invalid_opcode", in
       { "general_protection", general_protection }, { "page_fault", page_fault }, { "no_execute", no_execute },
       { "xen_area_is_out_of_reach", xen_area_is_out_of_reach }, { "software_interrupts", software_interrupts },
       { "gates_can_mask_events", gates_can_mask_events }, { "trap_flag", trap_flag },
-      { "debug_registers", debug_registers }, { "execution_breakpoint", execution_breakpoint },
+      { "debug_registers", debug_registers }, { "data_watchpoint", data_watchpoint },
+      { "execution_breakpoint", execution_breakpoint },
       { "device_not_available", device_not_available }, { "bad_trap_tables", bad_trap_tables },
       { "nested_traps", nested_traps });

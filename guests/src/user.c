@@ -11,16 +11,16 @@ static u8 code[PAGE_SIZE] PAGE_ALIGNED = { 1 }, stack[PAGE_SIZE] PAGE_ALIGNED = 
 #define STACK_TOP (STACK + 0xff0)
 #define USER_PTE (PTE_P | PTE_US | PTE_A | PTE_D)
 
-extern char user_syscall[], user_after[], user_fault[], user_cli[], user_int80[], user_spin[], user_sysret[], user_end[],
-            user_write[], user_gs[], user_int80_after[];
+extern char user_syscall[], user_after[], user_fault[], user_cli[], user_int91[], user_spin[], user_sysret[], user_end[],
+            user_write[], user_gs[], user_int91_after[];
 __asm__(".section .rodata\n"
-        ".globl user_syscall, user_after, user_fault, user_cli, user_int80, user_int80_after, user_spin, user_end\n"
+        ".globl user_syscall, user_after, user_fault, user_cli, user_int91, user_int91_after, user_spin, user_end\n"
         ".globl user_write, user_gs\n"
         "user_syscall: mov $0x1234, %eax\n push %rdi\n pop %rbx\n stc\n syscall\nuser_after: ud2\n"
         "user_fault: mov (%rdi), %rax\n mov $0x77, %eax\n syscall\n"
         "user_write: mov %rax, (%rdi)\n mov $0x78, %eax\n syscall\n"
         "user_cli: cli\n mov $0x79, %eax\n syscall\n"
-        "user_int80: int $0x80\nuser_int80_after: ud2\n"
+        "user_int91: int $0x91\nuser_int91_after: ud2\n"
         "user_gs: mov %gs:0, %rax\n syscall\n"
         "user_end:\n.previous");
 #define USER(label) (CODE + ((u64)(label) - (u64)user_syscall))
@@ -137,13 +137,13 @@ static void gates_by_dpl(void)
 {
     NEED_USER;
     traps_init(1);
-    run_user(USER(user_int80), STACK_TOP, 0, 0);
+    run_user(USER(user_int91), STACK_TOP, 0, 0);
     CHECK_EQ(user_exit.vector, 13);
-    CHECK_EQ(user_exit.error, 0x80 * 8 + 2);
+    CHECK_EQ(user_exit.error, 0x91 * 8 + 2);
     traps_init(3);
-    run_user(USER(user_int80), STACK_TOP, 0, 0);
-    CHECK_EQ(user_exit.vector, 128);
-    CHECK_EQ(user_exit.rip, USER(user_int80_after));
+    run_user(USER(user_int91), STACK_TOP, 0, 0);
+    CHECK_EQ(user_exit.vector, 0x91);
+    CHECK_EQ(user_exit.rip, USER(user_int91_after));
     traps_init(0);
 }
 

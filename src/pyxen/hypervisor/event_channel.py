@@ -34,7 +34,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -119,7 +119,7 @@ class EventChannels:
         self.global_virq_to_evtchn = [0] * NR_VIRQS
         """Of the domain, not of vCPU 0 as in Xen: dom0's software has no vCPU."""
         self._channels: list[Channel] = []
-        self._lowest_free = 0
+        self._lowest_free = 1  # no port below is free
         self._destroyed = 0  # ports below are closed for good
         self._channels_grow()
         self._channels[0].state = State.RESERVED  # so that 0 can mean "none"
@@ -148,14 +148,18 @@ class EventChannels:
         if self.domain.dying is not Dying.ALIVE:
             raise XenError(errno.EINVAL)
         port = self._lowest_free
+        lowest = -1
         while True:
             if port > self.max_port or port >= self.abi.max_ports:
                 raise XenError(errno.ENOSPC)
             if port == len(self._channels):
                 self._channels_grow()
             chn = self._channels[port]
-            if chn.state is State.FREE and not self.abi.is_busy(port):
-                return chn
+            if chn.state is State.FREE:
+                if lowest < 0:
+                    self._lowest_free = lowest = port
+                if not self.abi.is_busy(port):
+                    return chn
             port += 1
 
     def _allocated(self, chn: Channel, state: State) -> EvtchnPort:
@@ -493,9 +497,7 @@ class EventChannels:
 def both_locked(a: EventChannels, b: EventChannels) -> Iterator[None]:
     """Hold the locks of two domains (or twice of one), lower domid first (double_evtchn_lock)."""
     first, second = (a, b) if a.domain.domid <= b.domain.domid else (b, a)
-    with ExitStack() as stack:
-        stack.enter_context(first.lock)
-        stack.enter_context(second.lock)
+    with first.lock, second.lock:
         yield
 
 
