@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
+from pyxen.errors import InternalError
+
 # Indices into Cpu.gpr (hardware encoding order) and of RIP.
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15, RIP = range(17)
 GPR_NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
@@ -96,9 +98,30 @@ class Traps(Protocol):
         ...
 
     def cpuid(self, rip: int) -> int:
-        """CPUID executed outside of Xen's forced-emulation prefix; ``rip`` at the instruction; returns the RIP after
-        it."""
+        """CPUID executed (XEN_EMULATE_PREFIX is #UD and never comes here); ``rip`` at the instruction.
+
+        The handler sets RAX..RDX. The engine goes on behind the instruction whatever it returns, in the middle of a
+        translated
+        block: no change of flags, CPL, page tables or context here. :meth:`Cpu.stop` takes effect at the end of the
+        block.
+        """
         ...
+
+
+class NoTraps:
+    """What a CPU has before a hypervisor gives it handlers: any trap is a bug of ours."""
+
+    def syscall(self, next_rip: int) -> int:
+        """Raises InternalError."""
+        raise InternalError(f"SYSCALL before {next_rip:#x}, and nobody to take it")
+
+    def exception(self, vector: int, error_code: int | None, rip: int, software: bool) -> int:
+        """Raises InternalError."""
+        raise InternalError(f"exception {vector} at {rip:#x}, and nobody to take it")
+
+    def cpuid(self, rip: int) -> int:
+        """Raises InternalError."""
+        raise InternalError(f"CPUID at {rip:#x}, and nobody to take it")
 
 
 @runtime_checkable
@@ -170,8 +193,11 @@ class Cpu(Protocol):
 
     def flush_tlb_page(self, va: int) -> None: ...
 
-    def new_context(self) -> Context:
-        """A context in 64-bit mode, paging on, all registers zero, RFLAGS 0x202, FPU as after FNINIT/MXCSR 0x1f80."""
+    def new_context(self, *, cpl: int = 3) -> Context:
+        """A context in 64-bit mode, paging on, all registers zero, RFLAGS 0x202, FPU as after FNINIT/MXCSR 0x1f80.
+
+        Its segments are flat 64-bit ones of privilege level ``cpl`` (0, 1 or 3).
+        """
         ...
 
     def load(self, context: Context) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyxen.errors import InternalError
-from pyxen.machine.cpu.base import GPR_NAMES, RAX, RBX, RCX, RDX, RIP, Context, Exit, Registers, Traps
+from pyxen.machine.cpu.base import GPR_NAMES, RAX, RBX, RCX, RDX, RIP, Context, Exit, NoTraps, Registers, Traps
 from pyxen.machine.cpu.deadline import AlarmClock
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class ScriptedCpu:
     def __init__(self, memory: Memory, clock: Clock, index: int = 0, alarms: AlarmClock | None = None) -> None:
         self.index = index
         self.error = ""
-        self.traps: Traps
+        self.traps: Traps = NoTraps()
         self.loaded: ScriptedContext | None = None
         self.gpr = memoryview(bytearray(17 * 8)).cast("Q")
         self.flags = 0x202
@@ -240,13 +240,11 @@ class ScriptedCpu:
 
     # --- contexts ----------------------------------------------------------------------------------------------------
 
-    def new_context(self, script: Script | int = 3, cpl: int = 3) -> ScriptedContext:
+    def new_context(self, script: Script | None = None, *, cpl: int = 3) -> ScriptedContext:
         """A context that runs ``script``; without one (as a hypervisor that does not know us calls it) assign
         ``.script`` later."""
-        if isinstance(script, int):
-            cpl = script
         registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, _FXSAVE_RESET)
-        return ScriptedContext(None if isinstance(script, int) else script, registers)
+        return ScriptedContext(script, registers)
 
     def load(self, context: Context) -> None:
         """Make ``context`` the running one."""

@@ -242,6 +242,12 @@ class State:
         self.no_exit_request = _window(uc_pointer + lib.uc_no_exit_request, 1)
 
 
+    def release(self) -> None:
+        """Make every window unusable: the engine is about to go."""
+        for view in (self.gpr, self.env32, self.env64, self.old_exception, self.env8,
+                     self.interrupt_request, self.icount_high, self.no_exit_request):
+            view.release()
+
     def ram_is(self, host: int, size: int) -> bool:
         """Whether the engine's only RAM block starts at ``host`` and is ``size`` bytes: unicorn_dirty counts on it."""
         block = int.from_bytes(peek(self.uc + UC_RAM_BLOCKS, 8), "little")

@@ -17,6 +17,7 @@ run in any number of threads. Engines that are not ours (``no_exit_request`` cle
 * ``helper_raise_interrupt`` (INT n) reports the instruction's length where its error code, always 0, would be: RIP
   has moved on
   when the hook runs.
+* ``helper_rdpmc`` has its test of CR4.PCE the wrong way round: #GP outside of ring 0 without PCE, as hardware has it.
 * ``helper_in*/out*``: Unicorn dropped the privilege check of port I/O. The patch restores #GP(0) for code outside of
   ring 0 (PV
   guests never have IOPL or an I/O bitmap of their own in hardware: Xen emulates both) and leaves guests under nested
@@ -56,10 +57,16 @@ class _Exchange(NamedTuple):
     after: str
 
 
-# mov r8d, edx; sub rsp, 8; xor ecx, ecx -> mov ecx, edx; mov edx, 1
-_INT_LENGTH = _Exchange("helper_raise_interrupt_x86_64",
-                        before="4189d0 4883ec08 31c9 ba01000000",
-                        after="4189d0 4883ec08 89d1 ba01000000")
+_EXCHANGES = (
+    # mov r8d, edx; sub rsp, 8; xor ecx, ecx -> mov ecx, edx; mov edx, 1
+    _Exchange("helper_raise_interrupt_x86_64",
+              before="4189d0 4883ec08 31c9 ba01000000",
+              after="4189d0 4883ec08 89d1 ba01000000"),
+    # push rbp; mov rbp, rdi; test byte [rdi+cr4+1], PCE; je -> nop; test byte [rdi+hflags], CPL
+    _Exchange("helper_rdpmc_x86_64",
+              before="55 4889fd f687c901000001 7409 f687b000000003",
+              after="55 4889fd f687c901000001 9090 f687b000000003"),
+)
 
 
 def _refuse_port_io(lib: ui.Library, code: Code) -> None:
@@ -112,10 +119,10 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
     wanted = _patches()
     for patch in wanted:
         ui.match(lib.code(patch.symbol, 16), patch.moved, patch.symbol)
-    int_length = lib.address(_INT_LENGTH.symbol)
-    ui.match(lib.code(_INT_LENGTH.symbol, 16), _INT_LENGTH.before, _INT_LENGTH.symbol)
+    for exchange in _EXCHANGES:
+        ui.match(lib.code(exchange.symbol, 32), exchange.before, exchange.symbol)
     page = CodePage(lib.address("helper_syscall_x86_64"))
-    entries = [(int_length, bytes.fromhex(_INT_LENGTH.after))]
+    entries = [(lib.address(exchange.symbol), bytes.fromhex(exchange.after)) for exchange in _EXCHANGES]
     for patch in wanted:
         entry = lib.address(patch.symbol)
         moved = bytes.fromhex(patch.moved)

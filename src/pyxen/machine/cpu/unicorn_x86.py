@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_internals as ui
-from pyxen.machine.cpu.base import RIP, Context, Exit, Seg, Traps
+from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
 from pyxen.machine.cpu.deadline import AlarmClock
 from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
@@ -70,7 +70,7 @@ class UnicornX86:
         self.index = index
         self.error = ""
         self.loaded: UnicornContext | None = None
-        self.traps: Traps
+        self.traps: Traps = NoTraps()
         self._memory = memory
         self._clock = clock
         self._lib = lib = ui.library()
@@ -128,6 +128,10 @@ class UnicornX86:
         for n in range(17):
             self.gpr[n] = 0
         settle_flags(v64, v32, 0x202)
+        x86 = self._lib.unicorn.x86_const
+        self._uc.reg_write(x86.UC_X86_REG_FPCW, 0x37f)        # as after FNINIT; Unicorn resets it to 0
+        self._uc.reg_write(x86.UC_X86_REG_MXCSR, 0x1f80)
+        self._state.env8[ui.FPTAGS:ui.FPTAGS + 8] = b"\1" * 8  # all empty
         for seg in Seg:
             attributes = (_FLAT_CODE if seg == Seg.CS else _FLAT_DATA) | cpl << 13
             self._write_segment(seg, cpl, 0, 0xffffffff, attributes)
@@ -186,13 +190,18 @@ class UnicornX86:
         return on_cpuid
 
     def _make_invalid_hook(self) -> Any:
-        gpr, old_exception = self.gpr, self._state.old_exception
+        gpr, v32, old_exception = self.gpr, self._v32, self._state.old_exception
+        is_int_at = ui.EXCEPTION_IS_INT >> 2
 
         def on_invalid(_uc: int, _data: int) -> bool:
             old_exception[0] = -1
             try:
                 rip = gpr[RIP]
-                gpr[RIP] = self.traps.exception(6, None, rip, False)
+                if v32[is_int_at]:                       # INT 6, which the engine takes for #UD
+                    v32[is_int_at] = 0
+                    gpr[RIP] = self.traps.exception(13, 6 << 3 | 2, rip, False)
+                else:
+                    gpr[RIP] = self.traps.exception(6, None, rip, False)
             except BaseException as error:
                 self._fail(error)
             return True
@@ -392,7 +401,7 @@ class UnicornX86:
 
     # --- contexts ----------------------------------------------------------------------------------------------------
 
-    def new_context(self, cpl: int = 3) -> UnicornContext:
+    def new_context(self, *, cpl: int = 3) -> UnicornContext:
         """A context in 64-bit mode with flat segments of privilege level ``cpl`` (0, 1 or 3)."""
         return UnicornContext(self._blank[cpl])
 
@@ -510,8 +519,12 @@ class UnicornX86:
         """Release the engine; it must not be running."""
         if self._running:
             raise InternalError("close of a running CPU")
+        if self._uc is None:
+            return
         self._memory.remove_listener(self.invalidate)
         self._alarm.cancel()
         self.unload()
+        # The windows into the engine must not outlive it.
+        self._state.release()
         self._uc = None
         self._keep.clear()
