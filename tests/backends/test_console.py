@@ -23,7 +23,7 @@ from pyxen.abi.io.console import (
     OUT_PROD,
     OUT_SIZE,
 )
-from pyxen.backends.console import HISTORY_BYTES, INPUT_BYTES, READER_BYTES, ConsoleBackend
+from pyxen.backends.console import HISTORY_BYTES, INPUT_BYTES, LOG_BYTES, READER_BYTES, ConsoleBackend
 from pyxen.backends.console_socket import ConsoleSocket
 from pyxen.errors import HostError
 
@@ -31,12 +31,13 @@ from pyxen.errors import HostError
 class Guest:
     """The other end of the ring."""
 
-    def __init__(self, log_path: Path | None = None, start: int = 0, **options: int) -> None:
+    def __init__(self, log_path: Path | None = None, start: int = 0, log_limit_bytes: int = LOG_BYTES) -> None:
         self.page = bytearray(4096)
         self.signals = 0
         for offset in (IN_CONS, IN_PROD, OUT_CONS, OUT_PROD):
             self.set(offset, start)
-        self.backend = ConsoleBackend(memoryview(self.page), self._signal, "g", log_path, **options)
+        self.backend = ConsoleBackend(memoryview(self.page), self._signal, "g", log_path,
+                                      log_limit_bytes=log_limit_bytes)
 
     def _signal(self) -> None:
         self.signals += 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pyxen.abi.io.xs_wire import XsType
 from pyxen.errors import HostError, XenError
 from pyxen.xenstore.client import Client, SyncClient, SyncTransaction, Transaction
 from pyxen.xenstore.daemon import XenstoreDaemon
@@ -77,12 +78,12 @@ def test_a_long_listing_comes_whole_though_it_changes(with_client: Callable[...,
         original = client.request
         parts = 0
 
-        async def disturb(kind: int, payload: bytes, tx_id: int = 0) -> bytes:
+        async def disturb(message_type: XsType, payload: bytes, tx_id: int = 0) -> bytes:
             nonlocal parts
             parts += 1
             if parts == 4:
-                await original(13, b"/long/" + names[0].encode() + b"\0")  # type: ignore[arg-type]
-            return await original(kind, payload, tx_id)  # type: ignore[arg-type]
+                await original(XsType.RM, b"/long/" + names[0].encode() + b"\0")
+            return await original(message_type, payload, tx_id)
 
         client.request = disturb  # type: ignore[method-assign]
         assert await client.ls("/long") == names[1:]
@@ -223,10 +224,9 @@ def test_blocking_client(xenstored_socket: Path) -> None:
 
         assert client.run_transaction(work) == "raced"
         assert client.read("/a/b") == "raced!"
-        with pytest.raises(ZeroDivisionError):
-            with client.transaction() as t:
-                t.write("/a/b", "no")
-                raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), client.transaction() as t:
+            t.write("/a/b", "no")
+            raise ZeroDivisionError
         assert client.read("/a/b") == "raced!"
 
 

@@ -188,7 +188,7 @@ def test_news_it_has_not_taken_is_queued_once_and_bounded() -> None:
         queued = sum(len(message) for message in guest.connection._out)
         assert queued < 400_000
         # It was not told of everything, but what it was told comes whole, and it is served again.
-        seen = []
+        seen: list[bytes] = []
         while len(seen) < 250:
             message = await guest.message()
             if message[3].startswith(b"/news") or message[3].startswith(b"/same"):
