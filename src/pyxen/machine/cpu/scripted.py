@@ -240,9 +240,13 @@ class ScriptedCpu:
 
     # --- contexts ----------------------------------------------------------------------------------------------------
 
-    def new_context(self, script: Script | None = None, *, cpl: int = 3) -> ScriptedContext:
-        """A context that runs ``script``; without one (as a hypervisor that does not know us calls it) assign
-        ``.script`` later."""
+    def new_context(self, script_or_cpl: Script | int = 3, cpl: int = 3) -> ScriptedContext:
+        """A context that runs a script; whoever gets it from a hypervisor (which passes none) assigns ``.script`` later."""
+        script = None
+        if isinstance(script_or_cpl, int):
+            cpl = script_or_cpl
+        else:
+            script = script_or_cpl
         registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, _FXSAVE_RESET)
         return ScriptedContext(script, registers)
 
