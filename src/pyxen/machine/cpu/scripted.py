@@ -240,13 +240,8 @@ class ScriptedCpu:
 
     # --- contexts ----------------------------------------------------------------------------------------------------
 
-    def new_context(self, script_or_cpl: Script | int = 3, cpl: int = 3) -> ScriptedContext:
-        """A context that runs a script; whoever gets it from a hypervisor (which passes none) assigns ``.script`` later."""
-        script = None
-        if isinstance(script_or_cpl, int):
-            cpl = script_or_cpl
-        else:
-            script = script_or_cpl
+    def new_context(self, script: Script | None = None, *, cpl: int = 3) -> ScriptedContext:
+        """A context that runs ``script``; who gets one from a hypervisor, which passes none, assigns ``.script`` later."""
         registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, _FXSAVE_RESET)
         return ScriptedContext(script, registers)
 
