@@ -241,7 +241,7 @@ class ScriptedCpu:
     # --- contexts ----------------------------------------------------------------------------------------------------
 
     def new_context(self, script: Script | None = None, *, cpl: int = 3) -> ScriptedContext:
-        """A context that runs ``script``; who gets one from a hypervisor, which passes none, assigns ``.script`` later."""
+        """A context that runs ``script``; one made without (by a hypervisor) gets its ``.script`` assigned later."""
         registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, _FXSAVE_RESET)
         return ScriptedContext(script, registers)
 
