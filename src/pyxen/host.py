@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from pyxen import __version__
+from pyxen.domain_handle import DomainHandle
 from pyxen.errors import ConfigError, HostError
 from pyxen.hypervisor.hypervisor import Hypervisor
 from pyxen.hypervisor.privcmd import PrivCmd
@@ -41,7 +42,6 @@ from pyxen.toolstack.build.kernel import KernelImage
 from pyxen.toolstack.config import DomainConfig, parse
 from pyxen.toolstack.consoles import Consoles
 from pyxen.toolstack.dom0_store import Dom0Store
-from pyxen.toolstack.domain_handle import DomainHandle
 from pyxen.toolstack.domains import DOM0_NAME, DomainRecord, DomainTable, EventLog, LifeEvent, UnknownDomain
 from pyxen.toolstack.lifecycle import Lifecycle
 from pyxen.toolstack.operations import Operations
@@ -329,6 +329,7 @@ class Host:
         topology, allocator = self.topology, self.hypervisor.allocator
         places = [topology.place(cpu) for cpu in range(topology.nr_cpus)]
         machine = info.Machine(
+            version=__version__,
             engine=f"{self._engine_name} {_version_of(self._engine_name)}".strip(),
             command_line=self._command_line(),
             cpus=[info.CpuPlace(place.cpu, place.core, place.socket, place.node) for place in places],

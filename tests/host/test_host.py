@@ -172,9 +172,9 @@ def test_a_crash_is_told_and_hurts_nobody_else(tmp_path: Path, then: str | int) 
         bystander = await host.create(config(victim, "bystander"))
         domain = await host.create(config(kernel, "one", 'on_crash = "preserve"'))
         assert await domain.wait() == "crash"
+        registers = await domain.registers()  # also: its vCPU is off the engine when this returns
         row = host.row("one")
         assert (row["shutdown_reason"], row["state"]) == ("crash", "---sc-")
-        registers = await domain.registers()
         assert ENTRY <= registers.gpr[RIP] < ENTRY + 0x1000
         assert (await domain.read_memory(ENTRY, 3)).hex() == "4889f3"
         with pytest.raises(XenError):

@@ -229,7 +229,7 @@ class Bench:
     def __init__(self, folder: Path, free_pages: int = 65536) -> None:
         self.privcmd = FakePrivCmd(free_pages)
         self.store = MemoryStore()
-        asyncio.run(store_entries.publish(self.store, store_entries.dom0_nodes(0)))  # type: ignore[arg-type]
+        asyncio.run(store_entries.publish(self.store, store_entries.dom0_nodes(0)))
         self.registry = FakeRegistry()
         self.consoles = FakeConsoles(folder)
         self.table = DomainTable()
@@ -237,7 +237,7 @@ class Bench:
         self.now = 1_000_000.0
         self.executor = ThreadPoolExecutor(1)
         services = Services(
-            self.privcmd,
+            self.privcmd,  # type: ignore[arg-type]
             self.store,
             self.registry,
             self.consoles,

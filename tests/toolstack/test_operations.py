@@ -31,7 +31,7 @@ class CancelAt:
         thrown: BaseException | None = None
         while True:
             try:
-                future = next(inner) if thrown is None else inner.throw(thrown)  # type: ignore[attr-defined]
+                future = next(inner) if thrown is None else inner.throw(thrown)
             except StopIteration as end:
                 return end.value
             self.suspensions += 1
@@ -130,7 +130,8 @@ def test_create_cancelled_at_each_await_leaves_nothing(bench: Bench, tmp_path: P
         async def main(driver: CancelAt = driver) -> DomainRecord | None:
             task = asyncio.ensure_future(_await(driver))
             with contextlib.suppress(asyncio.CancelledError):
-                return await task
+                done: DomainRecord = await task
+                return done
             return None
 
         record = asyncio.run(main())

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pyxen import __version__
 from pyxen.abi.xen import xen_capabilities
 from pyxen.toolstack.config import Running, domain_0_json, to_json
 from pyxen.toolstack.domains import DOM0_NAME, DomainRecord, DomainTable
@@ -53,6 +52,8 @@ class NodeMemory:
 class Machine:
     """What the composition root knows of the machine and privcmd does not tell."""
 
+    version: str
+    """pyxen's own version."""
     engine: str
     """Name and version of what executes guests (``Unicorn 2.1.4``)."""
     command_line: str
@@ -67,8 +68,8 @@ def host_info(privcmd: PrivCmd, machine: Machine, *, numa: bool = False) -> dict
     names = os.uname()
     info: dict[str, object] = {
         "host": names.nodename,
-        "release": f"{__version__}-pyxen",
-        "version": f"#1 SMP pyxen {__version__} ({_python()}, {machine.engine})",
+        "release": f"{machine.version}-pyxen",
+        "version": f"#1 SMP pyxen {machine.version} ({_python()}, {machine.engine})",
         "machine": "x86_64",
         **_physical_info(physical),
     }
