@@ -56,9 +56,12 @@ def config(kernel: Path, extra: str = "", name: str | None = None) -> str:
 
 
 async def run(domain: DomainHandle, timeout_s: float = 60) -> Outcome:
-    """Wait for the guest's end, or destroy it; read its console to the end."""
+    """Start a guest that was created paused (it may be gone in milliseconds, and its console with it), wait for its end
+    or destroy it; read its console to the end."""
     console = domain.console
     output = asyncio.ensure_future(console.read_to_end())
+    await asyncio.sleep(0)
+    await domain.unpause()
     try:
         async with asyncio.timeout(timeout_s):
             reason = await domain.wait()

@@ -23,7 +23,7 @@ KNOWN = {
 async def boot(kernel: Path, mode: str, extra: str) -> Outcome:
     async with Host(memory="128M", cpus=1, pv_mode=mode) as host:
         free = host.hypervisor.allocator.free_frames
-        outcome = await run(await host.create(config(kernel, extra)))
+        outcome = await run(await host.create(config(kernel, extra), paused=True))
         check_host(host, free)
         return outcome
 
