@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from pyxen.machine.cpu import unicorn_x86
 from pyxen.machine.cpu.base import RAX, RBX, RCX, RIP, RSI, RSP, Exit
 from tests.machine import programs
 from tests.machine.support import (
@@ -62,18 +63,39 @@ def test_code_written_by_another_thread_reaches_a_running_guest(machine: Machine
     timer.join()
 
 
-def test_many_posted_invalidations_are_all_honoured(machine: Machine) -> None:
-    """More than the engine keeps one by one: it must not forget any."""
-    machine.put_code(0x5000, programs.RETURN_1)
-    machine.start(programs.CALL_5000)
-    machine.recorder.on_syscall = machine.recorder.stop_at_code
-    machine.cpu.run(None)
-    machine.memory.write(0x5000, programs.RETURN_2)
-    for n in range(6000):
-        machine.memory.written(0x400 + n % 16)
-    machine.memory.written(5)
-    machine.cpu.run(None)
-    assert machine.cpu.gpr[RAX] == 2
+@pytest.mark.parametrize("limit", [2, 16384])
+def test_many_posted_invalidations_are_honoured(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, limit: int,
+) -> None:
+    """Also when there are more than the engine keeps one by one."""
+    monkeypatch.setattr(unicorn_x86, "_MAX_POSTED", limit)
+    pages = (0x5000, 0x6000, 0x20000, 0x22000, 0x24000, 0x26000)
+    machine.start(programs.NOPS)
+    machine.recorder.on_syscall = machine.recorder.stop
+    for answer in (1, 2, 3):
+        for page in pages:
+            machine.put_code(page, b"\xb8" + answer.to_bytes(4, "little") + b"\x0f\x05")  # mov eax,…; syscall
+        for page in pages:
+            machine.cpu.gpr[RIP] = page
+            assert machine.cpu.run(None) is Exit.STOP
+            assert machine.cpu.gpr[RAX] == answer
+
+
+def test_announced_writes_where_no_code_is_do_not_disturb_a_running_guest(machine: Machine) -> None:
+    machine.start(programs.SPIN)
+    ended = threading.Event()
+
+    def write_data() -> None:
+        while not ended.wait(0.0005):
+            machine.memory.written(0x300, 64)
+
+    writer = threading.Thread(target=write_data)
+    writer.start()
+    deadline = CLOCK.now_ns() + 30_000_000
+    assert machine.cpu.run(deadline) is Exit.KICK
+    assert CLOCK.now_ns() >= deadline                            # nothing else ended it
+    ended.set()
+    writer.join()
 
 
 def test_code_written_through_another_mapping_is_seen(machine: Machine) -> None:
@@ -124,6 +146,23 @@ def test_two_engines_run_in_two_threads(pair: Machine) -> None:
             thread.join()
     assert [cpu.gpr[R15] for cpu in pair.cpus] == [0, 0]
     assert [cpu.gpr[RCX] for cpu in pair.cpus] == [0, 0]
+
+
+def test_the_translation_cache_may_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unicorn_x86, "_TRANSLATION_CACHE", 2 << 20)
+    machine = Machine()
+    # 0x80000..0xa0000: a chain of blocks, each "inc rax; jmp next", much more than the cache holds once translated
+    block = bytes.fromhex("48ffc0eb00")
+    chain = block * (0x20000 // len(block))
+    for rounds in (1, 2):
+        machine.memory.write(0x80000, chain + bytes.fromhex("4889c3 31c0 0f05"))  # mov rbx,rax; xor eax,eax; syscall
+        machine.memory.written(0x80, 0x21)
+        machine.start(b"\x90", at=0x70000)
+        machine.cpu.gpr[RIP] = 0x80000
+        assert machine.cpu.run(None) is Exit.STOP, rounds
+        assert machine.cpu.gpr[RBX] == len(chain) // len(block)
+        machine.cpu.unload()
+    machine.close()
 
 
 # --- TLB -------------------------------------------------------------------------------------------------------------

@@ -330,3 +330,15 @@ def test_access_outside_of_ram_ends_the_run_with_a_reason(machine: Machine) -> N
     machine.start(programs.LOAD, rsi=DATA)
     assert machine.cpu.run(None) is Exit.ERROR
     assert "outside of RAM" in machine.cpu.error
+    machine.cpu.unload()
+    machine.set_pte(DATA, DATA | PWU)
+    machine.recorder.on_syscall = machine.recorder.stop
+    machine.start(programs.LOAD, rsi=DATA)                       # the engine itself is unharmed
+    assert machine.cpu.run(None) is Exit.STOP
+
+
+def test_pause_neither_ends_a_run_nor_delays_a_kick(machine: Machine) -> None:
+    machine.start(bytes.fromhex("f390 48ffc0 ebf9"))             # 1: pause; inc rax; jmp 1b
+    deadline = CLOCK.now_ns() + 5_000_000
+    assert machine.cpu.run(deadline) is Exit.KICK
+    assert CLOCK.now_ns() >= deadline and machine.cpu.gpr[RAX] > 10

@@ -20,10 +20,11 @@ The patches restore the original rule:
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 from pyxen.machine.cpu import unicorn_internals as ui
-from pyxen.machine.cpu.unicorn_code import JE, JLE, JNE, Code, CodePage, jump
+from pyxen.machine.cpu.unicorn_code import JAE, JE, JLE, JNE, Code, CodePage, jump
 
 _TARGET_PAGE = 0x1000
 
@@ -67,6 +68,48 @@ PATCHES: tuple[tuple[str, str, Callable[[ui.Library, Code], None]], ...] = (
 )
 
 
+def _find_page(code: Code, absent: str) -> None:
+    """rdi = uc, rax = page number -> flags of ``cmp PageDesc.first_tb, 0``, or to ``absent``. Clobbers rax, rcx,
+    rdx, rsi, r8."""
+    code.raw("8b8f d 4889c2 48d3ea", _UC_L1_SHIFT)             # mov ecx, [rdi+…]; mov rdx, rax; shr rdx, cl
+    code.raw("8bb7 d ffce 4821f2", _UC_L1_SIZE)                # mov esi, [rdi+…]; dec esi; and rdx, rsi
+    code.raw("4c8b87 d 4d8d04d0", _UC_L1_MAP)                  # mov r8, [rdi+…]; lea r8, [r8+rdx*8]
+    code.raw("8b8f d 8d0c89 01c9 85c9", _UC_L2_LEVELS)         # mov ecx, [rdi+…] * 10; test ecx, ecx
+    code.branch(JLE, "leaf")
+    code.label("level")
+    code.raw("4d8b00 4d85c0")                                  # mov r8, [r8]; test r8, r8
+    code.branch(JE, absent)
+    code.raw("4889c2 48d3ea 81e2 d 4d8d04d0", 0x3ff)           # rdx = rax >> cl & 0x3ff; lea r8, [r8+rdx*8]
+    code.raw("83e90a")                                         # sub ecx, 10
+    code.branch(JNE, "level")
+    code.label("leaf")
+    code.raw("4d8b00 4d85c0")
+    code.branch(JE, absent)
+    code.raw("25 d 488d0440 49833cc000", 0x3ff)                # cmp qword [r8+(rax & 0x3ff)*24], 0: first_tb
+
+
+def prepare_has_code(page: CodePage) -> Callable[[int, int, int], int]:
+    """``has_code(uc, first page, end page)``: whether any of them holds a translation.
+
+    It only reads, and the nodes of the tree never move: it may be called from any thread, while the engine runs.
+    """
+    code = page.begin()
+    code.raw("4989f1 4989d2")                                  # mov r9, rsi; mov r10, rdx
+    code.label("page")
+    code.raw("4d39d1")                                         # cmp r9, r10
+    code.branch(JAE, "none")
+    code.raw("4c89c8 49ffc1")                                  # mov rax, r9; inc r9
+    _find_page(code, absent="page")
+    code.branch(JE, "page")
+    code.raw("b801000000 c3")                                  # return 1
+    code.label("none")
+    code.raw("31c0 c3")
+    page.place(code)
+    function: Callable[[int, int, int], int] = ctypes.PYFUNCTYPE(
+        ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(code.address)
+    return function
+
+
 def prepare_notdirty_write(lib: ui.Library, page: CodePage) -> tuple[int, bytes]:
     """Place the new test; returns (address, code) to overwrite. Raises EngineError for an unknown build."""
     start = lib.address("tlb_set_dirty_x86_64")
@@ -86,21 +129,7 @@ def prepare_notdirty_write(lib: ui.Library, page: CodePage) -> tuple[int, bytes]
     code.raw("41f681 d 04", _MEMORY_REGION_PERMS)              # test byte [r9+perms], UC_PROT_EXEC
     code.branch(JE, "original")
     code.raw("488b442410 48c1e80c")                            # mov rax, [rsp+16]; shr rax, 12
-    code.raw("8b8f d 4889c2 48d3ea", _UC_L1_SHIFT)             # mov ecx, [rdi+…]; mov rdx, rax; shr rdx, cl
-    code.raw("8bb7 d ffce 4821f2", _UC_L1_SIZE)                # mov esi, [rdi+…]; dec esi; and rdx, rsi
-    code.raw("4c8b87 d 4d8d04d0", _UC_L1_MAP)                  # mov r8, [rdi+…]; lea r8, [r8+rdx*8]
-    code.raw("8b8f d 8d0c89 01c9 85c9", _UC_L2_LEVELS)         # mov ecx, [rdi+…] * 10; test ecx, ecx
-    code.branch(JLE, "leaf")
-    code.label("level")
-    code.raw("4d8b00 4d85c0")                                  # mov r8, [r8]; test r8, r8
-    code.branch(JE, "unmark")
-    code.raw("4889c2 48d3ea 81e2 d 4d8d04d0", 0x3ff)           # rdx = rax >> cl & 0x3ff; lea r8, [r8+rdx*8]
-    code.raw("83e90a")                                         # sub ecx, 10
-    code.branch(JNE, "level")
-    code.label("leaf")
-    code.raw("4d8b00 4d85c0")
-    code.branch(JE, "unmark")
-    code.raw("25 d 488d0440 49833cc000", 0x3ff)                # cmp qword [r8+(rax & 0x3ff)*24], 0: first_tb
+    _find_page(code, absent="unmark")
     code.branch(JE, "unmark")
     code.jump(leave)
     code.label("original")

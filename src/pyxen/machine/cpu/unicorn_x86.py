@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import deque
 from ctypes import c_int, c_size_t, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +55,8 @@ _HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
 # breakpoint, overflow and the direct int 0x80. All others are #GP with the gate's selector error code.
 DIRECT_VECTORS = frozenset((3, 4, 0x80))
 
-_TRANSLATION_CACHE = 256 << 20
-_MAX_POSTED = 4096
+_TRANSLATION_CACHE = 128 << 20
+_MAX_POSTED = 16384
 
 
 class UnicornX86:
@@ -93,7 +92,8 @@ class UnicornX86:
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = 0
-        self._posted: deque[tuple[int, int]] = deque()
+        self._posted: list[tuple[int, int]] = []
+        self._posting = threading.Lock()
         self._flush_all = False
         self._blank = {cpl: self._blank_image(cpl) for cpl in (0, 1, 3)}
         self._keep: list[Any] = []
@@ -364,7 +364,8 @@ class UnicornX86:
         self._v32[(ui.LDT + 20) >> 2] = _LDT_PRESENT if selector & 0xfffc else 0
 
     def set_debug_register(self, n: int, value: int) -> None:
-        """DR0-3, 6 or 7; breakpoints and watchpoints follow at once."""
+        """DR0-3, 6 or 7; instruction breakpoints follow at once. Data breakpoints are kept, but the engine never
+        hits them."""
         if n == 7:
             self._lib.update_dr7(self._env, value & 0xffffffff)
             return
@@ -495,25 +496,34 @@ class UnicornX86:
 
     def invalidate(self, maddr: int, size: int) -> None:
         """Forget translated code of a range of machine memory."""
+        end = maddr + size
         if self._running and threading.get_ident() == self._thread:
-            self._lib.tb_invalidate_range(self._handle, maddr, maddr + size)
+            self._lib.tb_invalidate_range(self._handle, maddr, end)
             return
-        if len(self._posted) < _MAX_POSTED:
-            self._posted.append((maddr, size))
-        else:
-            self._flush_all = True
+        # Backends write into guest memory all the time, and almost never where there is code.
+        if not self._lib.has_code(self._state.uc, maddr >> 12, (end + 0xfff) >> 12):
+            return
+        with self._posting:
+            posted = self._posted
+            if posted and posted[-1][1] == maddr:
+                posted[-1] = (posted[-1][0], end)
+            elif len(posted) < _MAX_POSTED:
+                posted.append((maddr, end))
+            else:
+                self._flush_all = True
+        # run() sets _running before it looks at what was posted: either it sees this, or we see that it runs.
         if self._running:
             self.kick()
 
     def _forget_posted(self) -> None:
-        if self._flush_all:
-            self._flush_all = False
-            self._posted.clear()
+        with self._posting:
+            posted, self._posted = self._posted, []
+            flush_all, self._flush_all = self._flush_all, False
+        if flush_all:
             self._lib.tb_flush(self._cpu)
             return
-        while self._posted:
-            maddr, size = self._posted.popleft()
-            self._lib.tb_invalidate_range(self._handle, maddr, maddr + size)
+        for start, end in posted:
+            self._lib.tb_invalidate_range(self._handle, start, end)
 
     def close(self) -> None:
         """Release the engine; it must not be running."""
