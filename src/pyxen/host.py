@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,7 @@ class Host:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyxen-"))
             self.rundir = Path(folder)
         else:
-            self.rundir = self._wanted_rundir
+            self.rundir = _private_folder(self._wanted_rundir)
 
     def _make_machine(self, stack: contextlib.AsyncExitStack) -> None:
         self.clock = self._clock if self._clock is not None else RealClock()
@@ -415,6 +416,18 @@ def _memory_bytes(memory: str | int, nodes: int) -> int:
             hint=f"{MINIMUM_MEMORY >> 20}M to {MAXIMUM_MEMORY >> 30}G",
         )
     return size - size % (PAGE_SIZE * nodes)
+
+
+def _private_folder(path: Path) -> Path:
+    """``path``, made if need be; whoever else could write into it could stand in for this host. Raises HostError."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise HostError(f"run directory {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise HostError(f"run directory {path} is not a private folder of this user", hint=f"chmod 700 {path}")
+    return path
 
 
 def _read_text(path: Path) -> str:
