@@ -152,12 +152,21 @@ class References:
         return _now() >= self.deadline
 
     def release(self) -> None:
-        """Release the lock; frames that lost their last reference under it go back to the allocator first."""
+        """Release the lock; frames that lost their last reference under it go back to the allocator then.
+
+        They have no owner and the allocator does not offer them yet, so nobody can reach them while they are scrubbed without
+        the lock, which takes milliseconds for many.
+        """
+        doomed: list[int] = []
         try:
-            if self._doomed or self._stale:
-                self._settle()
+            if self._stale:
+                self._flush_stale()
+            if self._doomed and not self.lock.nested():
+                doomed, self._doomed = self._doomed, []
         finally:
             self.lock.release()
+        if doomed:
+            self._give_back(doomed)
 
     # --- TLB -------------------------------------------------------------------------------------
 
@@ -217,14 +226,17 @@ class References:
         self.count_info[mfn] = 0
         self._doomed.append(mfn)
 
-    def _settle(self) -> None:
-        """Flush who may still see the doomed frames, tell the engines, hand them to the allocator (which scrubs)."""
+    def _flush_stale(self) -> None:
+        """Flush who may still see the doomed frames."""
         for domid in self._stale:
             domain = self.domains.get(domid)
             if domain is not None and not domain.dying:  # a dying domain's vCPUs run no more
                 self.flush(domain)
         self._stale.clear()
-        doomed, self._doomed = sorted(self._doomed), []
+
+    def _give_back(self, doomed: list[int]) -> None:
+        """Tell the engines, and hand frames to the allocator (which scrubs). Without the lock."""
+        doomed.sort()
         at, total = 0, len(doomed)
         while at < total:
             first = doomed[at]

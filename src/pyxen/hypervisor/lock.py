@@ -67,6 +67,10 @@ class TicketLock:
         """Whether the calling thread holds the lock."""
         return self._owner == _ident()
 
+    def nested(self) -> bool:
+        """Whether the owner took the lock more than once, and so keeps it at the next release."""
+        return self._depth > 0
+
     def __enter__(self) -> None:
         self.acquire()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyxen.hypervisor.frames_types import (
     BUDGET_NS,
+    PGT_L1,
     PGT_L2,
     PGT_L3,
     PGT_L4,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _OWNERS: Final = 0
 _PASSES: Final = (_OWNERS, PGT_L4, PGT_L3, PGT_L2)
+_TABLES: Final = frozenset((PGT_L1, PGT_L2, PGT_L3, PGT_L4))
 _CHECK_EVERY: Final = 64
 
 
@@ -88,6 +90,8 @@ def _sweep(frames: FrameTable, domain: Domain, progress: Progress) -> bool:
     mfn = frames.next_owned(domid, progress.mfn)
     while mfn >= 0:
         frames.get(mfn, domid)
+        if frames.type_info[mfn] & PGT_TYPE_MASK in _TABLES:
+            check = 1  # undoing a table costs as much as a few hundred frames do
         if page_type == _OWNERS:
             frames.drop_owner_refs(mfn)
             finished = True
