@@ -17,7 +17,7 @@ POWEROFF, REBOOT, SUSPEND, CRASH = range(4)
 ENTRY = VIRT_BASE + 0x100000
 
 _EVENT_CHANNEL_OP, _SCHED_OP = 32, 29
-_SEND, _BLOCK, _SHUTDOWN = 4, 1, 2
+_SEND, _SHUTDOWN, _POLL = 4, 2, 3
 _CONSOLE_EVTCHN = 80
 """Offset of console.domU.evtchn in struct start_info."""
 
@@ -73,9 +73,10 @@ def printing(text: bytes, then: str | int) -> bytes:
     elif then == "ud2":
         code.emit("0f0b")
     elif then == "block":
-        code.emit("31f6")  # xor esi, esi
+        # Not SCHEDOP_block: that unmasks events, and the first one crashes a guest that has no callback for them.
         start = len(code.code)
-        code.hypercall(_SCHED_OP, _BLOCK)
+        code.rip_relative("488d35", bytes(24))  # struct sched_poll: no ports, no timeout
+        code.hypercall(_SCHED_OP, _POLL)
         code.code += b"\xeb" + struct.pack("<b", start - len(code.code) - 2)
     code.emit("ebfe")  # jmp $
     return code.link()
