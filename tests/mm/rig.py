@@ -20,7 +20,6 @@ from pyxen.hypervisor.frames import FrameTable
 from pyxen.hypervisor.hypercall import Preempted
 from pyxen.hypervisor.x86.pv import mm
 from pyxen.hypervisor.x86.pv.mm_relinquish import relinquish_memory
-from pyxen.hypervisor.x86.pv.validate import PageTables
 from pyxen.hypervisor.x86.pv.walk import guest_walk
 from pyxen.hypervisor.xsm import Xsm
 from pyxen.machine.memory import FrameAllocator, Memory
@@ -45,7 +44,7 @@ class FakePvVcpu:
         self.ldt_ents = 0
         self.ldt_frames: dict[int, int] = {}
         self.user_segments: dict[tuple[int, int], tuple[int, int]] = {}
-        self.cpu = None
+        self.cpu = self.live_cpu = None
         self.hypervisor = vcpu.domain.hypervisor
         self.log: list[Any] = []
 
@@ -159,7 +158,6 @@ class Rig:
         self.allocator = FrameAllocator(self.memory, first_mfn=1)
         self.flushes: list[int] = []
         self.frames = FrameTable(self.memory, self.allocator, self._flush)
-        self.tables = PageTables(self.frames)
         self.xsm = Xsm()
         self.trace = SimpleNamespace(enabled=False)
         self.xen_l3 = self.allocator.alloc()

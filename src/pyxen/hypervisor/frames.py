@@ -36,12 +36,12 @@ from pyxen.hypervisor.frames_types import (
     PGT_WRITABLE,
     References,
 )
+from pyxen.hypervisor.x86.pv.validate import PageTables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyxen.hypervisor.domain import Domain
-    from pyxen.hypervisor.x86.pv.validate import PageTables
     from pyxen.machine.memory import FrameAllocator, Memory
 
 __all__ = [
@@ -57,7 +57,7 @@ class FrameTable(References):
 
     def __init__(self, memory: Memory, allocator: FrameAllocator, domain_flush: Callable[[Domain], None]) -> None:
         super().__init__(memory, allocator, MachineToPhys(memory, allocator), domain_flush)
-        self.tables: PageTables
+        self.tables = self.validator = PageTables(self)
         for mfn in self.m2p.frames:
             self._share(mfn, DOMID_XEN, readonly=True)
 

@@ -154,8 +154,8 @@ class References:
     def release(self) -> None:
         """Release the lock; frames that lost their last reference under it go back to the allocator then.
 
-        They have no owner and the allocator does not offer them yet, so nobody can reach them while they are scrubbed without
-        the lock, which takes milliseconds for many.
+        They have no owner and the allocator does not offer them yet, so nobody can reach them while they are scrubbed
+        without the lock, which takes milliseconds for many.
         """
         doomed: list[int] = []
         try:

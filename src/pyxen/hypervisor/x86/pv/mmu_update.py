@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.xen import (
     DOMID_IO,
+    DOMID_SELF,
     MASK64,
     MMU_MACHPHYS_UPDATE,
     MMU_NORMAL_PT_UPDATE,
@@ -112,15 +113,18 @@ def do_mmu_update(caller: Caller, ureqs: int, count: int, pdone: int, foreigndom
     frames.lock.acquire()
     try:
         frames.start_budget()
-        if not frames.put_deferred(current.domid):
+        if frames.deferred and not frames.put_deferred(current.domid):
             raise Preempted((ureqs, count, pdone, foreigndom))
         if count == MMU_UPDATE_PREEMPTED and not ureqs:
             return signed32(foreigndom)
         count, before = start(caller, ureqs, count, pdone, 16)
-        pt_owner = table_owner(current, foreigndom)
-        pg_owner = get_pg_owner(current, foreigndom & 0xFFFF)
+        pt_owner = pg_owner = current
+        if foreigndom != DOMID_SELF:
+            pt_owner = table_owner(current, foreigndom)
+            pg_owner = get_pg_owner(current, foreigndom & 0xFFFF)
         done, rc = _Run(caller, pt_owner, pg_owner).requests(ureqs, count)
-        add_done(caller, pdone, before, done)
+        if pdone:
+            add_done(caller, pdone, before, done)
         if rc == -ERESTART:
             raise Preempted((ureqs + 16 * done, (count - done) | MMU_UPDATE_PREEMPTED, pdone, foreigndom))
         if frames.deferred and not frames.put_deferred(pt_owner.domid) and pt_owner is current:
@@ -156,7 +160,7 @@ class _Run:
                     return done, -ERESTART
                 data = read_batch(self.caller, ureqs + 16 * done, min(BATCH, count - done), 16)
                 batch = len(data) >> 4
-                did, rc = self._batch(_words(batch).unpack(data), batch, bool(done))
+                did, rc = self._batch(_words(batch).unpack(data), batch)
                 done += did
                 if rc:
                     return done, rc
@@ -164,7 +168,7 @@ class _Run:
             return done, -error.errno
         return done, 0
 
-    def _batch(self, words: tuple[int, ...], batch: int, progress: bool) -> tuple[int, int]:
+    def _batch(self, words: tuple[int, ...], batch: int) -> tuple[int, int]:
         frames, pt_owner, pg_owner = self.frames, self.pt_owner, self.pg_owner
         owners, types, nr_frames = frames.owner, frames.type_info, frames.nr_frames
         deferred = frames.deferred

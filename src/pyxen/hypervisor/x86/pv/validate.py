@@ -57,14 +57,12 @@ _LEVEL: Final = PGT_L1
 
 
 class PageTables:
-    """The validator of a :class:`FrameTable`; attaches itself to it."""
+    """The validator of a :class:`FrameTable`, which makes it."""
 
     def __init__(self, frames: FrameTable) -> None:
         self.frames = frames
         self.q = frames.memory.q
         self.b = frames.memory.b
-        frames.validator = self
-        frames.tables = self
 
     # --- leaf entries --------------------------------------------------------------------------------
 
@@ -158,7 +156,7 @@ class PageTables:
         domain = self._owner(mfn)
         if domain is None:
             return -errno.EINVAL
-        if self.b[mfn << 12 : (mfn + 1) << 12] == _ZERO_PAGE:
+        if bytes(self.b[mfn << 12 : (mfn + 1) << 12]) == _ZERO_PAGE:  # views compare slowly
             return 0
         frames = self.frames
         counts, types, owners, nr_frames = frames.count_info, frames.type_info, frames.owner, frames.nr_frames
@@ -199,7 +197,7 @@ class PageTables:
         return 0
 
     def _free_l1_table(self, mfn: int) -> None:
-        if self.b[mfn << 12 : (mfn + 1) << 12] == _ZERO_PAGE:
+        if bytes(self.b[mfn << 12 : (mfn + 1) << 12]) == _ZERO_PAGE:  # views compare slowly
             return
         frames = self.frames
         domain = frames.domains[frames.owner[mfn] & ~OWNED]
