@@ -88,7 +88,7 @@ class FakeMachine:
     def domain_info(self, domid: DomId) -> Info:
         return Info()
 
-    def mmuext_op(self, domid: DomId, ops: bytes) -> None:
+    async def mmuext_op(self, domid: DomId, ops: bytes) -> None:
         assert self.open_mappings == 0, "a mapped frame cannot become a page table"
         command, mfn, _ = MMUEXT_OP.unpack(ops)
         assert command == MmuextCmd.PIN_L4_TABLE

@@ -15,14 +15,14 @@ import asyncio
 import errno
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pyxen.abi.domctl import Domctl
 from pyxen.abi.sysctl import Sysctl
 from pyxen.abi.xen import MASK64, DomId, EvtchnPort, Gfn, GrantRef, Hypercall, VcpuId
-from pyxen.errors import GuestAccessError, XenError
+from pyxen.errors import GuestAccessError, InternalError, XenError
 from pyxen.hypervisor import domctl, keyhandler, lifecycle
 from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.grant_map import BackendMapping, map_for_backend
@@ -204,6 +204,20 @@ class PrivCmd:
 
         Returns the result (not negative); raises XenError for -errno. Continuations are followed.
         """
+        for result in self._slices(number, arguments):
+            if result is not None:
+                return result
+        raise InternalError("a hypercall ended without a result")
+
+    async def hypercall_in_slices(self, number: int, arguments: Sequence[int | bytearray]) -> int:
+        """:meth:`hypercall`, with the event loop free between its continuations (half a millisecond each)."""
+        for result in self._slices(number, arguments):
+            if result is not None:
+                return result
+            await asyncio.sleep(0)
+        raise InternalError("a hypercall ended without a result")
+
+    def _slices(self, number: int, arguments: Sequence[int | bytearray]) -> Iterator[int | None]:
         buffers = [a for a in arguments if isinstance(a, bytearray)]
         caller = Dom0Caller(self._dom0, buffers)
         addresses = iter(range(len(buffers)))
@@ -214,10 +228,11 @@ class PrivCmd:
                 result = call(caller, self._table, number, words)
             except Preempted as more:
                 words = (*more.arguments, *words[len(more.arguments) :])
+                yield None
                 continue
             if result < 0:
                 raise XenError(-result)
-            return result
+            yield result
 
     # --- domains -----------------------------------------------------------------------------------------
 
@@ -409,10 +424,11 @@ class PrivCmd:
             taken.append(mfn)
         return Mapping(self._hypervisor, range(gfn, gfn + count), writable)
 
-    def mmuext_op(self, domid: int, operations: bytes) -> None:
-        """HYPERVISOR_mmuext_op on another domain's tables: an array of struct mmuext_op."""
+    async def mmuext_op(self, domid: int, operations: bytes) -> None:
+        """HYPERVISOR_mmuext_op on another domain's tables: an array of struct mmuext_op. In slices: pinning a guest's first
+        root validates every page table it has."""
         count = len(operations) // 24
-        self.hypercall(Hypercall.MMUEXT_OP, [bytearray(operations), count, 0, domid])
+        await self.hypercall_in_slices(Hypercall.MMUEXT_OP, [bytearray(operations), count, 0, domid])
 
     def gnttab_map(self, domid: int, refs: Sequence[GrantRef], writable: bool = True) -> list[BackendMapping]:
         """GNTTABOP_map_grant_ref as a back end does; all or nothing."""

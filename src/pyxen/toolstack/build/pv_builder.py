@@ -79,7 +79,7 @@ class PrivCmd(Protocol):
 
     def domain_info(self, domid: DomId) -> DomainInfo | None: ...
 
-    def mmuext_op(self, domid: DomId, ops: bytes) -> None:
+    async def mmuext_op(self, domid: DomId, ops: bytes) -> None:
         """HYPERVISOR_mmuext_op on another domain's tables."""
 
     def vcpu_set_context(self, domid: DomId, vcpu: VcpuId, context: bytes) -> None: ...
@@ -147,7 +147,7 @@ async def build(
     _mask_upcalls(privcmd, domid, shared_info_mfn)
 
     l4_mfn = Mfn(frames.mfn(layout.page_tables.pfn))
-    privcmd.mmuext_op(domid, MMUEXT_OP.pack(MmuextCmd.PIN_L4_TABLE, l4_mfn, 0))
+    await privcmd.mmuext_op(domid, MMUEXT_OP.pack(MmuextCmd.PIN_L4_TABLE, l4_mfn, 0))
     privcmd.vcpu_set_context(domid, VcpuId(0), _boot_context(layout, image.parms.entry, l4_mfn).pack())
     return BuiltDomain(
         store_gfn=Gfn(frames.mfn(layout.xenstore)),
