@@ -107,6 +107,7 @@ def test_console_follows_a_reboot(host: FakeHost, run_dir: Path, cfg: Path) -> N
     }[query["?since"]]
     shutdown = {"seq": 6, "event": "shutdown", "reason": "poweroff", "action": "destroy"}
     host.routes["GET /domains/8/events"] = [shutdown, {"seq": 7, "event": "destroyed"}]
+    host.routes["POST /domains/7/unpause"] = {}
     first, second = console_socket(run_dir, 7), console_socket(run_dir, 8)
     command = [*XL, "create", "-q", str(cfg), "-c"]
     with first, second, subprocess.Popen(command, stdin=-3, stdout=-1, stderr=-1, env=environment()) as process:
@@ -115,6 +116,9 @@ def test_console_follows_a_reboot(host: FakeHost, run_dir: Path, cfg: Path) -> N
                 guest.sendall(text)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (0, b"booting\r\nagain\r\n", b"")
+    # It starts when its console is open, so that no word of it is missed.
+    assert host.requests[0][1]["paused"] is True
+    assert host.requests[1][0] == "POST /domains/7/unpause"
 
 
 def test_foreground_tells_how_it_ended(host: FakeHost, xl: Xl, cfg: Path) -> None:

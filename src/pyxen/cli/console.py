@@ -22,6 +22,7 @@ from pyxen.cli.xl import Context, need
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
     from typing import Any
 
@@ -51,10 +52,14 @@ def console(args: list[str], context: Context) -> int:
     return 0
 
 
-def attach(run_dir: str, domid: int) -> str:
+class NoConsole(Failure):
+    """There is no console to attach to."""
+
+
+def attach(run_dir: str, domid: int, connected: Callable[[], None] | None = None) -> str:
     """Join standard input and output to the console of ``domid``: until the domain is gone (CLOSED) or Ctrl-] (LEFT).
 
-    Raises Failure when there is no console to attach to.
+    ``connected`` is called when nothing that the guest says from now on can be missed. Raises NoConsole.
     """
     path = rundir.console_socket(run_dir, domid)
     sys.stdout.flush()
@@ -62,7 +67,9 @@ def attach(run_dir: str, domid: int) -> str:
         try:
             guest.connect(path)
         except OSError as error:
-            raise Failure(f"Unable to attach console of domain {domid}: {error.strerror}") from None
+            raise NoConsole(f"Unable to attach console of domain {domid}: {error.strerror}") from None
+        if connected is not None:
+            connected()
         guest.setblocking(False)
         with _RawTerminal(0):
             return pump(guest, 0, 1)

@@ -72,7 +72,8 @@ def create(args: list[str], context: Context) -> int:
             "config_text": text,
             "config_path": file,
             "extra": extra,
-            "paused": "p" in given,
+            # As xl does: a guest may have ended before anybody could attach, so it starts when its console is open.
+            "paused": "p" in given or "c" in given,
             "pv_mode": given.get("M"),
             "cwd": os.getcwd(),
         },
@@ -80,7 +81,8 @@ def create(args: list[str], context: Context) -> int:
     for warning in answer.get("warnings", ()):
         if warning not in config.warnings:
             print(warning, file=sys.stderr)
-    return _follow(client, answer, console="c" in given, foreground="F" in given)
+    start = "c" in given and "p" not in given
+    return _follow(client, answer, console="c" in given, foreground="F" in given, start=start)
 
 
 def _no_short_form(args: list[str]) -> list[str]:
@@ -133,14 +135,28 @@ def _parse(text: str, file: str, extra: list[str]) -> DomainConfig | None:
     return config
 
 
-def _follow(client: Client, created: dict[str, Any], *, console: bool, foreground: bool) -> int:
-    """Stay with the domain, over reboots, as long as the console or -F asks for it."""
-    from pyxen.cli.console import LEFT, attach
+def _follow(client: Client, created: dict[str, Any], *, console: bool, foreground: bool, start: bool) -> int:
+    """Stay with the domain, over reboots, as long as the console or -F asks for it; ``start`` it when its console is
+    open."""
+    from pyxen.cli.console import LEFT, NoConsole, attach
 
-    domid: int | None = created["domid"]
+    first: int = created["domid"]
+    domid: int | None = first
+
+    def unpause() -> None:
+        if start and domid == first:
+            client.post(f"/domains/{domid}/unpause")
+
     while domid is not None:
-        if console and attach(client.run_dir, domid) == LEFT:
-            console = False
+        if console:
+            try:
+                if attach(client.run_dir, domid, unpause) == LEFT:
+                    console = False
+            except NoConsole:
+                if domid == first:
+                    unpause()
+                    raise
+                # A restarted guest was not paused for us: it may have had a very short life.
         if not (console or foreground):
             break
         domid = _successor(client, domid, tell=foreground)
