@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What PV memory management costs: nanoseconds for each L1 update and each validated page table.
 
-Both are also printed as a ratio to one turn of a trivial Python loop in the same run, which depends less on the machine.
-Run from the top of the repository: ``PYTHONPATH=src:. python benchmarks/pv_mm.py``.
+Both are also printed as a ratio to one turn of a trivial Python loop in the same run, which depends less on
+the machine. Run from the top of the repository: ``PYTHONPATH=src:. python benchmarks/pv_mm.py``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def best(work: Callable[[], object], count: int) -> float:
     return min(times) / count
 
 
-def updates(callers: tuple[Caller, Caller], repeat: int, batch: int) -> Callable[[], None]:
+def updates(rig: Rig, callers: tuple[Caller, Caller], repeat: int, batch: int) -> Callable[[], None]:
     """``repeat`` times, map and unmap ``batch`` frames."""
 
     def work() -> None:
         for _ in range(repeat):
             for caller in callers:
-                if mm.do_mmu_update(caller, Caller.BASE, batch, 0, DOMID_SELF):  # type: ignore[arg-type]
+                if rig.call(mm.do_mmu_update, caller, Caller.BASE, batch, 0, DOMID_SELF):
                     raise SystemExit("an update was refused")
 
     return work
@@ -73,7 +73,8 @@ def main() -> None:
             callers = (Caller(d, up), Caller(d, down))
             repeat = max(1, 2048 // batch)
 
-            report(f"{mode}: L1 update, {batch} in a request", best(updates(callers, repeat, batch), 2 * repeat * batch))
+            work = updates(rig, callers, repeat, batch)
+            report(f"{mode}: L1 update, {batch} in a request", best(work, 2 * repeat * batch))
         contents = {
             "empty": b"",
             "sparse (8 entries)": b"".join((m << 12 | P | RW).to_bytes(8, "little") + bytes(504) for m in frames[:8]),
