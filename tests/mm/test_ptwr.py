@@ -368,3 +368,20 @@ def test_unmap_and_replace_moves_an_entry(g: Guest) -> None:
     assert replace_grant_pv_mapping(vcpu, va, page, spare, GNTMAP_READONLY) == 0
     assert g.pte(7) == g.before and g.pte(3) == 0
     assert rig.count(g.a) == 2 and rig.type_count(g.a) == 1
+
+
+def test_a_granted_pte_that_is_overwritten_leaves_no_translation_behind() -> None:
+    """put_page_from_l1e of a foreign frame: who frees it later flushes only its own domain."""
+    rig = Rig()
+    granter, mapper = rig.add(1), rig.add(2)
+    (frame,) = rig.alloc(granter)
+    assert rig.frames.get_page(frame, granter)
+    l4, _l3, _l2, l1 = rig.tree(mapper)
+    assert rig.pin(mapper, 4, l4) == 0
+    at = (l1 << 12) + 8 * 5
+    mapped = create_grant_pv_mapping(mapper.vcpus[0], at, frame, GNTMAP_CONTAINS_PTE | GNTMAP_READONLY)
+    assert mapped == 0
+    assert rig.entry(l1, 5) >> 12 & (1 << 40) - 1 == frame
+    rig.flushes.clear()
+    assert rig.update(mapper, l1, 5, 0) == 0
+    assert mapper.domid in rig.flushes

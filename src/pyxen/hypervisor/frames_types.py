@@ -226,6 +226,10 @@ class References:
         self.count_info[mfn] = 0
         self._doomed.append(mfn)
 
+    def flush_at_release(self, domain: Domain) -> None:
+        """Flush ``domain`` before the lock is released, whatever else happens. Lock held."""
+        self._stale.add(domain.domid)
+
     def _flush_stale(self) -> None:
         """Flush who may still see the doomed frames."""
         for domid in self._stale:

@@ -107,6 +107,10 @@ class PageTables:
         word = frames.owner[mfn]
         if word == DOMID_IO | OWNED:
             return
+        if word != owner.domid | OWNED:
+            # Another domain's frame (a grant) loses its PTE without its grant being unmapped. When that domain frees it, only
+            # its own translations are looked after: this one's must be gone before.
+            frames.flush_at_release(owner)
         if entry & PAGE_RW:
             frames.put_type(mfn)
         elif (
