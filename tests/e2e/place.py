@@ -54,7 +54,7 @@ class Place:
 
     def run(self, name: str, *args: str, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*command(name), *args], env=self.env, capture_output=True, text=True, timeout=PATIENCE_S,
+            [*command(name), *args], env=self.env, capture_output=True, text=True, errors="surrogateescape", timeout=PATIENCE_S,
             stdin=subprocess.DEVNULL, **options
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr
@@ -113,22 +113,30 @@ class Place:
 
     def leftovers(self) -> dict[str, Any]:
         """Everything a domain could have left in the host, seen from outside."""
-        pid = self.pid()
-        descriptors: dict[str, int] = {}
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                kind = os.readlink(fd).split(":")[0]
-            except FileNotFoundError:
-                continue
-            descriptors[kind] = descriptors.get(kind, 0) + 1
         return {
-            "pid": pid,
+            "pid": self.pid(),
             "free KiB": self.free_kib(),
             "domains": [row["domid"] for row in self.api("/domains")],
             "store": self.tree(),
             "files": sorted(str(p) for p in self.rundir.rglob("*") if not p.is_dir() and p.parent.name != "log"),
-            "descriptors": descriptors,
+            "descriptors": self.descriptors(),
         }
+
+    def descriptors(self) -> dict[str, int]:
+        """What the host's process has open, once the connections of whoever asked last are closed."""
+        last: dict[str, int] = {}
+        while True:
+            found: dict[str, int] = {}
+            for fd in Path(f"/proc/{self.pid()}/fd").iterdir():
+                try:
+                    kind = os.readlink(fd).split(":")[0]
+                except FileNotFoundError:
+                    continue
+                found[kind] = found.get(kind, 0) + 1
+            if found == last:
+                return found
+            last = found
+            time.sleep(0.03)
 
     def free_kib(self) -> int:
         """Free memory to the frame: the host says it when a domain is too large."""
@@ -143,7 +151,8 @@ class Place:
         deadline = time.monotonic() + 10
         while (now := self.leftovers()) != before:
             if time.monotonic() > deadline:
-                assert now == before
+                different = {key: (before[key], now[key]) for key in before if now[key] != before[key]}
+                raise AssertionError(f"left behind (before, now): {different}")
             time.sleep(0.05)
 
     def close(self) -> None:

@@ -58,7 +58,9 @@ class Client:
         return self.request("DELETE", path)
 
     def domain(self, which: str) -> Any:
-        """The domain called ``which`` (a name or an id)."""
+        """The domain called ``which`` (a name or an id). Raises ApiError (404) when there is none."""
+        if not which or "/" in which:  # never a name, and no segment of a path
+            raise ApiError(f"{which} is an invalid domain identifier (rc=-6)", status=404)
         return self.get(f"/domains/{quote(which)}")
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

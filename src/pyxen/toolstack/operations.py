@@ -298,9 +298,9 @@ def read_image(path: Path, what: str) -> bytes:
     """The bytes of a kernel or ramdisk file. Raises ImageError, with one line, for what cannot be read as one."""
     try:
         # Not blocking: a FIFO in the place of a kernel must not hang a thread of the host.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
+        # And by open() itself: os.fdopen() of a folder fails without closing it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"{what} {path} is not a regular file")
             if status.st_size > MAX_KERNEL_BYTES:
