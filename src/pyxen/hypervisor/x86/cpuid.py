@@ -68,8 +68,8 @@ class CpuidPolicy:
             return XEN_LEAF + 2, *XEN_SIGNATURE
         if leaf == XEN_LEAF + 1:
             return VERSION, 0, 0, 0
-        if leaf == XEN_LEAF + 2:  # one hypercall page, no MSR base for PV; features: MMU_PT_UPDATE_PRESERVE_AD
-            return 0, 0, 1, 0
+        if leaf == XEN_LEAF + 2:  # one hypercall page, its MSR; features: MMU_PT_UPDATE_PRESERVE_AD
+            return 1, 0x40000000, 1, 0
         if leaf == 0x80000000:
             return MAX_EXTENDED, 0, 0, 0
         if leaf == 0x80000001:

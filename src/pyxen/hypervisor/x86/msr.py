@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pyxen.errors import XenError
+from pyxen.hypervisor.x86 import hypercall_page
+
 if TYPE_CHECKING:
     from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
     from pyxen.machine.cpu.base import Cpu
@@ -19,6 +22,8 @@ MSR_SHADOW_GS_BASE: Final = 0xC0000102
 MSR_EFER: Final = 0xC0000080
 MSR_IA32_TSC: Final = 0x10
 MSR_PAT: Final = 0x277
+MSR_HYPERCALL_PAGE: Final = 0x40000000
+"""CPUID leaf 0x40000002 names it."""
 
 EFER_GUEST: Final = 0xD01  # SCE, LME, LMA, NXE
 XEN_PAT: Final = 0x050100070406
@@ -76,6 +81,20 @@ def write(pv: PvVcpu, cpu: Cpu, number: int, value: int) -> bool:
         else:
             pv.gs_base_user = value
         return True
+    if number == MSR_HYPERCALL_PAGE:
+        return _hypercall_page(pv, value)
     if read(pv, cpu, number) != value:
-        pv.hypervisor.log.printk(f"{pv.vcpu} attempted WRMSR {number:#010x} to {value:#x}", debug=True)
+        pv.hypervisor.log.guest_printk(
+            pv.domain.domid, f"{pv.vcpu} attempted WRMSR {number:#010x} to {value:#x}", debug=True)
+    return True
+
+
+def _hypercall_page(pv: PvVcpu, value: int) -> bool:
+    """wrmsr_hypervisor_regs(): fill the frame at address ``value``; its low bits are the number of the page, 0."""
+    if value & 0xFFF:
+        return False
+    try:
+        hypercall_page.initialise(pv.domain, value >> 12)
+    except XenError:
+        return False
     return True

@@ -29,8 +29,10 @@ class _Channel:
         self.gate = False
         self.access = _WORD
         self.loaded_ns = 0
+        self.status: int | None = None
+        """Latched by a read-back command: the next read returns it."""
         self.latched: list[int] = []
-        """Bytes that reads return before the running count (latch and read-back commands)."""
+        """Bytes of a latched count (two at most), which reads return before the running one."""
         self.write_low: int | None = None
         self.read_high = False
 
@@ -88,6 +90,9 @@ class Pit:
         if port == CONTROL_PORT:
             return 0  # write-only
         channel = self._channels[port & 3]
+        if channel.status is not None:
+            status, channel.status = channel.status, None
+            return status
         if channel.latched:
             return channel.latched.pop(0)
         value = channel.value(now)
@@ -127,9 +132,8 @@ class Pit:
         if select == 3:  # read-back
             for number, channel in enumerate(self._channels):
                 if data & 2 << number:
-                    if not data & 0x10:
-                        status = channel.out(now) << 7 | channel.access << 4 | channel.mode << 1 | channel.bcd
-                        channel.latched.append(status)
+                    if not data & 0x10 and channel.status is None:
+                        channel.status = channel.out(now) << 7 | channel.access << 4 | channel.mode << 1 | channel.bcd
                     if not data & 0x20:
                         self._latch(channel, now)
             return
@@ -144,10 +148,11 @@ class Pit:
         channel.write_low = None
         channel.read_high = False
         channel.latched.clear()
+        channel.status = None
 
     @staticmethod
     def _latch(channel: _Channel, now: int) -> None:
-        if len(channel.latched) > 1:
+        if channel.latched:
             return  # the first latch holds until it is read
         value = channel.value(now)
         if channel.access & _LOW:

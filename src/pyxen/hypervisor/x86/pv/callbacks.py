@@ -6,13 +6,13 @@ set_segment_base, debugreg)."""
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyxen.abi import arch_x86 as arch
 from pyxen.errors import XenError
 from pyxen.hypervisor.x86.msr import canonical
 from pyxen.hypervisor.x86.pv import emulate
-from pyxen.hypervisor.x86.pv.descriptors import segment_base
+from pyxen.hypervisor.x86.pv.descriptors import FLAT_KERNEL_CS, segment_attributes, segment_base
 from pyxen.hypervisor.x86.pv.iret import SegmentFault, find_descriptor
 from pyxen.machine.cpu.base import Seg
 
@@ -21,10 +21,19 @@ if TYPE_CHECKING:
     from pyxen.machine.cpu.base import Cpu
 
 
+_INT: Final = 0xFFFFFFFF
+"""Mask of arguments that are an ``int`` in C."""
+_MUST_STAY: Final = frozenset((
+    arch.CALLBACKTYPE_EVENT, arch.CALLBACKTYPE_FAILSAFE, arch.CALLBACKTYPE_SYSCALL, arch.CALLBACKTYPE_SYSENTER,
+    arch.CALLBACKTYPE_SYSCALL32,
+))
+
+
 def _cpu(pv: PvVcpu) -> Cpu:
-    if pv.cpu is None:
+    cpu = pv.live_cpu
+    if cpu is None:
         raise XenError(errno.EINVAL)
-    return pv.cpu
+    return cpu
 
 
 def do_set_trap_table(pv: PvVcpu, traps: int) -> int:
@@ -45,6 +54,8 @@ def do_set_trap_table(pv: PvVcpu, traps: int) -> int:
 
 def do_set_callbacks(pv: PvVcpu, event: int, failsafe: int, syscall: int) -> int:
     """HYPERVISOR_set_callbacks (64-bit form: event, failsafe and syscall addresses)."""
+    if not (canonical(event) and canonical(failsafe) and canonical(syscall)):
+        raise XenError(errno.EINVAL)
     register_callback(pv, arch.CALLBACKTYPE_EVENT, 0, event)
     register_callback(pv, arch.CALLBACKTYPE_FAILSAFE, 0, failsafe)
     register_callback(pv, arch.CALLBACKTYPE_SYSCALL, 0, syscall)
@@ -65,15 +76,17 @@ def register_callback(pv: PvVcpu, kind: int, flags: int, address: int) -> None:
     elif kind == arch.CALLBACKTYPE_SYSCALL32:
         pv.syscall32_callback = address
     elif kind == arch.CALLBACKTYPE_SYSENTER:
-        pv.sysenter_callback = address
+        pv.sysenter_callback, pv.sysenter_masks_events = address, masks
     elif kind == arch.CALLBACKTYPE_NMI:
-        pv.nmi_callback = address
+        # register_guest_nmi_callback(): an entry of the trap table that masks events
+        pv.trap_table[2] = (4, FLAT_KERNEL_CS, address) if address else None
     else:
         raise XenError(errno.ENOSYS)
 
 
 def do_callback_op(pv: PvVcpu, command: int, arg: int) -> int:
     """HYPERVISOR_callback_op: register, and unregister (only NMI can be; the others must stay)."""
+    command &= _INT
     if command == arch.CALLBACKOP_REGISTER:
         kind, flags, address = arch.CALLBACK_REGISTER.unpack(pv.read(arg, arch.CALLBACK_REGISTER.size))
         register_callback(pv, kind, flags, address)
@@ -81,15 +94,16 @@ def do_callback_op(pv: PvVcpu, command: int, arg: int) -> int:
     if command == arch.CALLBACKOP_UNREGISTER:
         (kind,) = arch.CALLBACK_UNREGISTER.unpack(pv.read(arg, arch.CALLBACK_UNREGISTER.size))
         if kind == arch.CALLBACKTYPE_NMI:
-            pv.nmi_callback = 0
+            pv.trap_table[2] = None
             return 0
-        if kind <= arch.CALLBACKTYPE_SYSCALL32:
+        if kind in _MUST_STAY:
             raise XenError(errno.EINVAL)
     raise XenError(errno.ENOSYS)
 
 
 def do_nmi_op(pv: PvVcpu, command: int, arg: int) -> int:
     """HYPERVISOR_nmi_op: XENNMI_register_callback (0) on vCPU 0, XENNMI_unregister_callback (1)."""
+    command &= _INT
     if command == 0:
         if pv.vcpu.vcpu_id != 0:
             raise XenError(errno.EINVAL)
@@ -97,7 +111,7 @@ def do_nmi_op(pv: PvVcpu, command: int, arg: int) -> int:
         register_callback(pv, arch.CALLBACKTYPE_NMI, 0, address)
         return 0
     if command == 1:
-        pv.nmi_callback = 0
+        pv.trap_table[2] = None
         return 0
     raise XenError(errno.ENOSYS)
 
@@ -111,26 +125,27 @@ def do_stack_switch(pv: PvVcpu, ss: int, sp: int) -> int:
 
 def do_fpu_taskswitch(pv: PvVcpu, on: int) -> int:
     """HYPERVISOR_fpu_taskswitch: set or clear the guest's CR0.TS."""
+    on &= _INT
     if bool(on) != pv.cr0_ts:
         emulate.set_task_switched(pv, _cpu(pv), bool(on))
     return 0
 
 
 def do_set_segment_base(pv: PvVcpu, which: int, base: int) -> int:
-    """HYPERVISOR_set_segment_base. EINVAL for a base that is not canonical or an unknown ``which``."""
+    """HYPERVISOR_set_segment_base. EINVAL for a base that is not canonical or an unknown ``which``.
+
+    A user GS selector that cannot be loaded becomes the null selector, silently.
+    """
     cpu = _cpu(pv)
+    which &= _INT
     if which == arch.SEGBASE_GS_USER_SEL:
         selector = base & 0xFFFF
-        pv.gs_sel_user = selector
-        if selector & 0xFFFC == 0:
-            pv.gs_base_user = 0
-            return 0
-        try:
-            pv.gs_base_user = segment_base(find_descriptor(pv, selector))
-        except SegmentFault:
-            pv.gs_base_user = 0
-            pv.gs_sel_user = 0
-            raise XenError(errno.EINVAL) from None
+        pv.gs_base_user = 0
+        if selector & 0xFFFC:
+            try:
+                pv.gs_base_user = _data_segment_base(pv, selector)
+            except SegmentFault:
+                selector = 0
         cpu.set_selector(Seg.GS, selector)
         return 0
     if not canonical(base):
@@ -147,15 +162,28 @@ def do_set_segment_base(pv: PvVcpu, which: int, base: int) -> int:
     return 0
 
 
+def _data_segment_base(pv: PvVcpu, selector: int) -> int:
+    descriptor = find_descriptor(pv, selector)
+    attributes = segment_attributes(descriptor)
+    if attributes & 0x9000 != 0x9000 or attributes & 0xA00 == 0x800:  # present, not a system one, not execute-only
+        raise SegmentFault
+    return segment_base(descriptor)
+
+
 def do_set_debugreg(pv: PvVcpu, number: int, value: int) -> int:
-    """HYPERVISOR_set_debugreg. EPERM for an address in Xen's range, EINVAL for a register that is not there."""
-    if number > 7 or not emulate.set_debugreg(pv, number, value):
-        raise XenError(errno.EINVAL if number > 3 else errno.EPERM)
+    """HYPERVISOR_set_debugreg. EPERM for an address in Xen's range or a privileged bit, EINVAL for a register that is
+    not there."""
+    number &= _INT
+    if number > 7:
+        raise XenError(errno.EINVAL)
+    if not emulate.set_debugreg(pv, number, value):
+        raise XenError(errno.EPERM)
     return 0
 
 
 def do_get_debugreg(pv: PvVcpu, number: int) -> int:
     """HYPERVISOR_get_debugreg: the value, or -EINVAL."""
+    number &= _INT
     if number > 7:
         raise XenError(errno.EINVAL)
     return emulate.get_debugreg(pv, number)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, GuestContext, Vgcf
 from pyxen.errors import XenError
+from pyxen.hypervisor.misc_op import VALID_ASSISTS
 from pyxen.hypervisor.x86.msr import canonical
 from pyxen.hypervisor.x86.pv import emulate, gdt, ldt
 from pyxen.hypervisor.x86.pv.descriptors import FAST_KERNEL_CS, FAST_KERNEL_SS, FLAT_KERNEL_CS, FLAT_KERNEL_SS
 from pyxen.hypervisor.x86.pv.mm import install_guest_tables
+from pyxen.hypervisor.x86.pv.vcpu import DEBUGREG_RESET
 from pyxen.machine.cpu.base import Registers, Seg
 
 if TYPE_CHECKING:
@@ -36,9 +38,10 @@ def _context(pv: PvVcpu) -> Context:
 
 
 def set_guest_context(pv: PvVcpu, data: bytes) -> None:
-    """VCPUOP_initialise and XEN_DOMCTL_setvcpucontext. EINVAL for a state no PV vCPU may have.
+    """VCPUOP_initialise and XEN_DOMCTL_setvcpucontext. Nothing is changed on an error.
 
-    Nothing is changed when a check fails before the page tables are taken.
+    EINVAL: a state no PV vCPU may have, tables that are not the domain's or not acceptable, or a vCPU that has no
+    vcpu_info yet. EOPNOTSUPP: other page, GDT or LDT tables for a vCPU that was set up before.
     """
     if len(data) != GUEST_CONTEXT_SIZE:
         raise XenError(errno.EINVAL)
@@ -54,12 +57,13 @@ def set_guest_context(pv: PvVcpu, data: bytes) -> None:
     if c.gdt_ents > 512 * 16 or c.ldt_ents > 8192 or c.ctrlreg[3] & 0xFFF:
         raise XenError(errno.EINVAL)
     in_kernel = bool(c.flags & Vgcf.IN_KERNEL)
-    user_root = c.ctrlreg[1] >> 12 if c.ctrlreg[1] & 1 or c.ctrlreg[1] >> 12 else 0
-    if not in_kernel and not user_root:
+    if (not in_kernel and not c.ctrlreg[1]) or not pv.vcpu.info_maddr or pv.domain.dying:
         raise XenError(errno.EINVAL)
-    install_guest_tables(pv, c.ctrlreg[3] >> 12, user_root)
-    gdt.set_gdt(pv, list(c.gdt_frames[: (c.gdt_ents + 511) // 512]), c.gdt_ents)
-    ldt.set_ldt(pv, c.ldt_base, c.ldt_ents)
+    if pv.vcpu.is_initialised:
+        if _tables(c) != _tables_of(pv):
+            raise XenError(errno.EOPNOTSUPP)
+    else:
+        _install_tables(pv, c)
     pv.trap_table = [None] * 256
     for index, (_vector, flags, cs, address) in enumerate(c.traps):
         if address:
@@ -71,10 +75,14 @@ def set_guest_context(pv: PvVcpu, data: bytes) -> None:
     pv.syscall_masks_events = bool(c.flags & Vgcf.SYSCALL_DISABLES_EVENTS)
     pv.gs_base_kernel, pv.gs_base_user = c.gs_base_kernel, c.gs_base_user
     pv.cr0_ts = bool(c.ctrlreg[0] & 8)
-    pv.domain.vm_assist |= c.vm_assist
+    pv.iopl = c.rflags >> 12 & 3  # virtual: the real one is never the guest's
+    if c.ctrlreg[4]:
+        pv.guest_cr4 = emulate.guest_cr4(pv, c.ctrlreg[4])
+    if pv.vcpu.vcpu_id == 0 and not pv.vcpu.is_initialised:
+        pv.domain.vm_assist = c.vm_assist & VALID_ASSISTS
+    pv.debugreg = list(DEBUGREG_RESET)
     for number in (0, 1, 2, 3, 6, 7):
-        if c.debugreg[number] and not emulate.set_debugreg(pv, number, c.debugreg[number]):
-            pv.debugreg[number] = 0
+        emulate.set_debugreg(pv, number, c.debugreg[number])
     context = _context(pv)
     root = pv.guest_table if in_kernel or (not pv.exact and pv._shares_root()) else pv.guest_table_user
     pv.root_loaded = root
@@ -91,6 +99,34 @@ def set_guest_context(pv: PvVcpu, data: bytes) -> None:
     )
     pv.fresh = True
     pv.vcpu.is_initialised = True
+
+
+def _tables(c: GuestContext) -> tuple[object, ...]:
+    pages = (c.gdt_ents + 511) // 512
+    return c.ctrlreg[3] >> 12, c.ctrlreg[1] >> 12, c.gdt_ents, list(c.gdt_frames[:pages]), c.ldt_base, c.ldt_ents
+
+
+def _tables_of(pv: PvVcpu) -> tuple[object, ...]:
+    return pv.guest_table, pv.guest_table_user, pv.gdt_ents, pv.gdt_frames, pv.ldt_base, pv.ldt_ents
+
+
+def _install_tables(pv: PvVcpu, c: GuestContext) -> None:
+    """Page, GDT and LDT tables of a vCPU that has none: all or, with XenError(EINVAL), none."""
+    if c.ctrlreg[1] and not c.ctrlreg[1] >> 12:
+        raise XenError(errno.EINVAL)
+    try:
+        gdt.set_gdt(pv, list(c.gdt_frames[: (c.gdt_ents + 511) // 512]), c.gdt_ents)
+        ldt.set_ldt(pv, c.ldt_base, c.ldt_ents)
+        install_guest_tables(pv, c.ctrlreg[3] >> 12, c.ctrlreg[1] >> 12)
+    except XenError:
+        gdt.destroy_gdt(pv)
+        ldt.set_ldt(pv, 0, 0)
+        roots = pv.guest_table, pv.guest_table_user
+        pv.guest_table = pv.guest_table_user = 0
+        for mfn in roots:
+            if mfn:
+                pv.hypervisor.frames.put_page_and_type(mfn)
+        raise
 
 
 def get_guest_context(pv: PvVcpu) -> bytes:
@@ -111,7 +147,7 @@ def get_guest_context(pv: PvVcpu) -> bytes:
     frames = pv.gdt_frames + [0] * (16 - len(pv.gdt_frames))
     return GuestContext(
         flags=flags, fpu=r.fxsave, gpr=r.gpr[:16], rip=r.gpr[16],
-        rflags=r.flags & ~0x200 | (0 if masked else 0x200),
+        rflags=r.flags | 0x200 | pv.iopl << 12,
         cs=FLAT_KERNEL_CS if r.selectors[Seg.CS] == FAST_KERNEL_CS else r.selectors[Seg.CS],
         ss=FLAT_KERNEL_SS if r.selectors[Seg.SS] == FAST_KERNEL_SS else r.selectors[Seg.SS],
         es=r.selectors[Seg.ES], ds=r.selectors[Seg.DS],
@@ -125,7 +161,7 @@ def get_guest_context(pv: PvVcpu) -> bytes:
         ],
         debugreg=list(pv.debugreg),
         event_callback=pv.event_callback, failsafe_callback=pv.failsafe_callback, syscall_callback=pv.syscall_callback,
-        vm_assist=pv.domain.vm_assist & 0xF, fs_base=r.bases[Seg.FS],
+        vm_assist=pv.domain.vm_assist, fs_base=r.bases[Seg.FS],
         gs_base_kernel=gs_now if pv.kernel_mode else pv.gs_base_kernel,
         gs_base_user=pv.gs_base_user if pv.kernel_mode else gs_now,
     ).pack()

@@ -25,8 +25,8 @@ FLAT_KERNEL_CS: Final = FLAT_RING3_CS64
 FLAT_KERNEL_SS: Final = FLAT_RING3_SS32
 FAST_KERNEL_CS: Final = 0xE031
 FAST_KERNEL_SS: Final = 0xE049
-"""What a kernel in fast mode finds in CS and SS: selectors it can return to by itself (Linux serialises with IRETQ to its own CS, a
-hundred thousand times in a boot). Frames and contexts show the ABI's."""
+"""What a kernel in fast mode finds in CS and SS: selectors it can return to by itself (Linux serialises with IRETQ to
+its own CS, a hundred thousand times in a boot). Frames and contexts show the ABI's."""
 
 _TYPE: Final = 0xF << 40
 _ACCESSED: Final = 1 << 40
@@ -34,7 +34,7 @@ _S: Final = 1 << 44
 _DPL: Final = 3 << 45
 _P: Final = 1 << 47
 _CALL_GATE: Final = 0xC << 40
-_GATE_RESERVED: Final = 0x1F << 32
+_GATE_RESERVED: Final = 0xFF << 32
 
 CODE64_DPL3: Final = 0x00AFFB000000FFFF
 CODE32_DPL3: Final = 0x00CFFB000000FFFF
@@ -53,9 +53,10 @@ def valid_code_selector(selector: int) -> bool:
 def check_descriptor(descriptor: int, *, allow_gates: bool) -> int | None:
     """check_descriptor(): the descriptor as it may be stored, or None if the guest may not have it.
 
-    Present code and data segments get DPL 3 when they ask for more privilege and are stored as accessed (the CPU then never
-    writes to the table, which is mapped read-only).  Of system descriptors only call gates to a guest's own code are left, and
-    those only with ``allow_gates`` (exact mode: in fast mode a gate could lead from guest user mode to CPL 1).
+    Present code and data segments get DPL 3 when they ask for more privilege and are stored as accessed (the CPU then
+    never writes to the table, which is mapped read-only).  Of system descriptors only call gates to a guest's own code
+    are left, and those only with ``allow_gates`` (exact mode: in fast mode a gate could lead from guest user mode to
+    CPL 1).
     """
     if not descriptor & _P:
         return descriptor

@@ -39,9 +39,10 @@ class PvDomain:
         self.area.install(l4_mfn)
 
     def resize(self, max_vcpus: int) -> None:
-        """Room for another number of vCPUs; before the domain has any page table."""
+        """Room for another number of vCPUs; before the domain has any page table. XenError(ENOMEM): nothing changed."""
+        area = PerDomain(self._slots, self.mode, max_vcpus)
         self.area.release()
-        self.area = PerDomain(self._slots, self.mode, max_vcpus)
+        self.area = area
 
     def release(self) -> None:
         """Free the per-domain area; the domain has no page tables left."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Fast mode only: far transfers and stack-segment loads of a guest kernel, with the meaning they have at CPL 3.
 
-In fast mode the kernel runs at CPL 1 with selectors of its own, but the ABI's have RPL 3.  Xen's 64-bit code segment has DPL 1 in fast
-mode's GDT, so a far transfer to it (``iretq``, ``lretq``) and a load of SS raise #GP; what the instruction would
-have done at CPL 3 is done here.
+In fast mode the kernel runs at CPL 1 with selectors of its own, but the ABI's have RPL 3.  Xen's 64-bit code segment
+has DPL 1 in fast mode's GDT, so a far transfer to it (``iretq``, ``lretq``) and a load of SS raise #GP; what the
+instruction would have done at CPL 3 is done here.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ def set_gdt(pv: PvVcpu, mfns: list[int], entries: int) -> None:
     pv.domain.pv.area.set_gdt(pv.vcpu.vcpu_id, taken)
     forget_segments(pv)
     pv.flush_tlb()
-    if pv.cpu is not None:
-        pv.cpu.set_gdt(gdt_va(pv.vcpu.vcpu_id), LAST_GDT_BYTE)
+    cpu = pv.live_cpu
+    if cpu is not None:
+        cpu.set_gdt(gdt_va(pv.vcpu.vcpu_id), LAST_GDT_BYTE)
 
 
 def do_set_gdt(pv: PvVcpu, frame_list: int, entries: int) -> int:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 from pyxen.abi.arch_x86 import IRET_CONTEXT, VGCF_IN_SYSCALL
 from pyxen.abi.xen import MASK64
 from pyxen.errors import GuestAccessError, GuestFault
+from pyxen.hypervisor.x86.pv import ldt
 from pyxen.hypervisor.x86.pv.descriptors import (
     FAST_KERNEL_CS,
     FAST_KERNEL_SS,
-    FIRST_RESERVED_GDT_BYTE,
+    FIRST_RESERVED_GDT_ENTRY,
     FLAT_KERNEL_CS,
     FLAT_RING3_CS32,
     FLAT_RING3_DS32,
@@ -43,13 +44,13 @@ def find_descriptor(pv: PvVcpu, selector: int) -> int:
     """The descriptor a selector names in the vCPU's GDT or LDT. Raises SegmentFault."""
     index = selector >> 3
     if selector & 4:
-        if index >= pv.ldt_ents:
+        found = ldt.descriptor(pv, index)
+        if found is None:
             raise SegmentFault
-        try:
-            return pv.read_u64(pv.ldt_base + index * 8)
-        except GuestAccessError:
-            raise SegmentFault from None
-    if selector >= FIRST_RESERVED_GDT_BYTE:
+        return found
+    if index >= FIRST_RESERVED_GDT_ENTRY:
+        if index >= FIRST_RESERVED_GDT_ENTRY + 512:
+            raise SegmentFault
         return int(pv.memory.q[(pv.hypervisor.xen_slots.gdt_mfn["exact"] << 9) + (index & 511)])
     if index >= pv.gdt_ents:
         raise SegmentFault
@@ -97,8 +98,8 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
 
     RAX, RCX and R11 come from the frame (RCX and R11 from RIP and RFLAGS with VGCF_in_syscall), the upcall mask from
     the
-    frame's IF. A frame that cannot be read crashes the domain; selectors that cannot be loaded reach the failsafe
-    callback.
+    frame's IF. A frame that cannot be read crashes the domain; selectors that cannot be loaded, and a RIP that is not
+    canonical, make the real IRETQ fault and reach the failsafe callback.
     """
     gpr = cpu.gpr
     sp = gpr[RSP]
@@ -130,6 +131,10 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
         gpr[RCX] = rcx
         gpr[R11] = r11
     pv.bytes[pv.vcpu.info_maddr + 1] = 0 if rflags & 0x200 else 1
+    if pv.nmi_masked:  # async_exception_cleanup()
+        pv.nmi_masked = False
+        if pv.vcpu.nmi_pending:
+            cpu.stop()
     flat = pv.flat_code
     if cs in flat and (ss == FLAT_RING3_DS32 or (cs, ss) in pv.user_segments) and cpu.selector(_CS) in flat:
         if pv.kernel_mode and not pv.exact and cs == FLAT_KERNEL_CS:
@@ -141,7 +146,7 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
             load_code(pv, cpu, cs)
             load_stack(pv, cpu, ss)
         except SegmentFault:
-            return failsafe(pv, rip, rflags)
+            return failsafe(pv, rip, cs, ss, rflags)
         if cs in pv.flat_code:
             pv.user_segments[(cs, ss)] = (cs, ss)
         if pv.kernel_mode and not pv.exact:
@@ -150,17 +155,20 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
             cpu.set_cpl(3)
     cpu.flags = rflags & _FLAGS_KEPT | 0x202
     if not (rip < _CANONICAL_LOW or rip >= _CANONICAL_HIGH):
-        return pv.inject(13, 0, rip)
+        return failsafe(pv, rip, cs, ss, rflags)
     return rip
 
 
-def failsafe(pv: PvVcpu, rip: int, rflags: int) -> int:
+def failsafe(pv: PvVcpu, rip: int, cs: int, ss: int, rflags: int) -> int:
     """An IRET that faulted: enter the failsafe callback; its frame starts with the data selectors (entry.S,
     failsafe_callback)."""
     cpu = pv.cpu
     assert cpu is not None
     if not pv.failsafe_callback:
         raise GuestFault(f"return to rip {rip:#x} faulted and there is no failsafe callback")
+    # The frame shows what could not be returned to; bounce() loads what the kernel runs with.
+    cpu.set_selector(_CS, cs)
+    cpu.set_selector(_SS, ss)
     target = pv.bounce(pv.failsafe_callback, rip, rflags & _FLAGS_KEPT | 0x202, None, pv.failsafe_masks_events)
     selectors = b"".join(cpu.selector(seg).to_bytes(8, "little") for seg in (Seg.DS, Seg.ES, Seg.FS, Seg.GS))
     stack = cpu.gpr[RSP] & MASK64

@@ -7,7 +7,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-from pyxen.errors import GuestAccessError, XenError
+from pyxen.abi.xen import MASK64
+from pyxen.errors import XenError
 from pyxen.hypervisor.frames import PGT_SEG_DESC
 from pyxen.hypervisor.x86.pv.descriptors import MAX_LDT_ENTRIES
 from pyxen.hypervisor.x86.pv.slots import ldt_va
@@ -32,12 +33,13 @@ def set_ldt(pv: PvVcpu, base: int, entries: int) -> None:
 
 def load(pv: PvVcpu) -> None:
     """load_LDT: point the CPU at the window, or at nothing."""
-    if pv.cpu is None:
+    cpu = pv.live_cpu
+    if cpu is None:
         return
     if pv.ldt_ents:
-        pv.cpu.set_ldt(_LDT_SELECTOR, ldt_va(pv.vcpu.vcpu_id), pv.ldt_ents * 8 - 1)
+        cpu.set_ldt(_LDT_SELECTOR, ldt_va(pv.vcpu.vcpu_id), pv.ldt_ents * 8 - 1)
     else:
-        pv.cpu.set_ldt(0, 0, 0)
+        cpu.set_ldt(0, 0, 0)
 
 
 def invalidate(pv: PvVcpu) -> None:
@@ -54,21 +56,29 @@ def invalidate(pv: PvVcpu) -> None:
     pv.user_segments.clear()
 
 
-def handle_fault(pv: PvVcpu, va: int) -> bool:
-    """A #PF of the CPU's own access to the window: map the page. False if ``va`` is elsewhere or the guest has no
-    such page."""
-    window = ldt_va(pv.vcpu.vcpu_id)
-    offset = va - window
-    if not 0 <= offset < pv.ldt_ents * 8 or not pv.ldt_ents:
-        return False
+def handle_fault(pv: PvVcpu, va: int) -> int | None:
+    """A #PF of the CPU's own access to the window (handle_gdt_ldt_mapping_fault): map the page and return 0, or the
+    address in the guest's own LDT that it is to be told of. None if ``va`` is elsewhere."""
+    offset = va - ldt_va(pv.vcpu.vcpu_id)
+    if not 0 <= offset < pv.ldt_ents * 8:
+        return None
     page = offset >> 12
     if page in pv.ldt_frames:
-        return False
-    table = pv.guest_table if pv.kernel_mode else pv.guest_table_user
-    try:
-        found = guest_walk(pv.memory, table, pv.ldt_base + (page << 12), False)
-    except GuestAccessError:
-        return False
+        return None
+    return 0 if _map_page(pv, page) else pv.ldt_base + offset & MASK64
+
+
+def descriptor(pv: PvVcpu, index: int) -> int | None:
+    """Entry ``index``, as the CPU would load it: from a page that is typed as descriptors. None if there is none."""
+    page = index >> 9
+    if index >= pv.ldt_ents or (page not in pv.ldt_frames and not _map_page(pv, page)):
+        return None
+    return int(pv.memory.q[(pv.ldt_frames[page] << 9) + (index & 511)])
+
+
+def _map_page(pv: PvVcpu, page: int) -> bool:
+    """map_ldt_shadow_page(): by the kernel's page tables, whoever runs."""
+    found = guest_walk(pv.memory, pv.guest_table, pv.ldt_base + (page << 12), False)
     if found is None:
         return False
     mfn = found >> 12

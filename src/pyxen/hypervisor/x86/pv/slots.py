@@ -14,6 +14,7 @@ from array import array
 from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.arch_x86 import ROOT_PAGETABLE_FIRST_XEN_SLOT, ROOT_PAGETABLE_XEN_SLOTS
+from pyxen.errors import XenError
 from pyxen.hypervisor.x86.pv.descriptors import (
     CODE32_DPL3,
     CODE64_DPL1,
@@ -99,21 +100,25 @@ class PerDomain:
     """One domain's per-domain area: three levels of tables and the 16 L4 entries to install."""
 
     def __init__(self, shared: XenSlots, mode: str, max_vcpus: int) -> None:
+        """XenError(ENOMEM) without frames for the tables."""
         self._shared = shared
         self._memory = shared._memory
         self._mode = mode
         q = self._memory.q
-        self._l3 = shared._table()
-        self._l2 = shared._table()
-        q[self._l3 << 9] = self._l2 << 12 | _TABLE
-        self._l1s: list[int] = []
-        for i in range((max_vcpus * PAGES_PER_VCPU + 511) // 512):
-            l1 = shared._table()
-            self._l1s.append(l1)
-            q[(self._l2 << 9) + i] = l1 << 12 | _TABLE
+        self._tables: list[int] = []
+        try:
+            for _ in range(2 + (max_vcpus * PAGES_PER_VCPU + 511) // 512):
+                self._tables.append(shared._table())
+        except XenError:
+            self.release()
+            raise
+        l3, l2, *self._l1s = self._tables
+        q[l3 << 9] = l2 << 12 | _TABLE
+        for i, l1 in enumerate(self._l1s):
+            q[(l2 << 9) + i] = l1 << 12 | _TABLE
         entries = [0] * ROOT_PAGETABLE_XEN_SLOTS
         entries[0] = shared.root_entry()
-        entries[PERDOMAIN_SLOT - ROOT_PAGETABLE_FIRST_XEN_SLOT] = self._l3 << 12 | _TABLE
+        entries[PERDOMAIN_SLOT - ROOT_PAGETABLE_FIRST_XEN_SLOT] = l3 << 12 | _TABLE
         self._entries = memoryview(array("Q", entries))
         for vcpu_id in range(max_vcpus):
             self.set_gdt(vcpu_id, [])
@@ -145,6 +150,6 @@ class PerDomain:
 
     def release(self) -> None:
         """Give the tables back. No L4 may hold the slots any more."""
-        for mfn in (self._l3, self._l2, *self._l1s):
+        for mfn in self._tables:
             self._shared._allocator.free(mfn)
-        self._l1s = []
+        self._tables = []

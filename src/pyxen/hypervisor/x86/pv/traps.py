@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
 
 _IRET: Final = int(Hypercall.IRET)
+_EFLAGS_DF: Final = 0x400
 _PF_PRESENT: Final = 1
 _PF_WRITE: Final = 2
 _PF_USER: Final = 4
@@ -56,7 +57,7 @@ class PvTraps:
             if not pv.kernel_mode:
                 self.system_calls += 1
                 return self._system_call(next_rip)
-            number = gpr[RAX] & 0xFFFFFFFF
+            number = gpr[RAX]
             if self.trace.enabled:
                 self.trace.event(trace.TRC_PV_HYPERCALL_V2, pv.vcpu, number)
             if number == _IRET:
@@ -85,7 +86,7 @@ class PvTraps:
             if data[at] and not data[at + 1]:
                 return pv.deliver_event(next_rip)
         except Exception as error:  # the one dispatch point: see architecture.md, decision 3
-            self._crash("a hypercall", error)
+            self._crash("a hypercall", error, next_rip)
         return next_rip
 
     def _continue(self, number: int, arguments: tuple[int, ...], next_rip: int) -> int:
@@ -96,7 +97,7 @@ class PvTraps:
         for register, value in zip((RDI, RSI, RDX, R10, R8, R9), arguments, strict=False):
             gpr[register] = value & MASK64
         gpr[RAX] = number
-        return self.pv.deliver_event(next_rip - 2)
+        return self.pv.deliver_event(next_rip - 2 & MASK64)
 
     def _system_call(self, next_rip: int) -> int:
         pv = self.pv
@@ -104,16 +105,17 @@ class PvTraps:
         assert cpu is not None
         gpr = cpu.gpr
         flags = cpu.flags
-        if not pv.syscall_callback:
-            return pv.inject(6, None, next_rip - 2)
         callback = pv.syscall_callback
         if cpu.selector(1) not in pv.flat_code:  # compatibility mode
-            if not pv.syscall32_callback:
-                return pv.inject(6, None, next_rip - 2)
             callback = pv.syscall32_callback
+        if not callback:
+            return pv.inject(6, None, next_rip - 2 & MASK64)
         gpr[RCX] = next_rip
         gpr[R11] = flags
-        return pv.bounce(callback, next_rip, flags, None, pv.syscall_masks_events)
+        target = pv.bounce(callback, next_rip, flags, None, pv.syscall_masks_events)
+        if flags & _EFLAGS_DF:  # switch_to_kernel in entry.S; the kernel relies on it as on IA32_FMASK
+            cpu.flags &= ~_EFLAGS_DF
+        return target
 
     # --- exceptions --------------------------------------------------------------------------------
 
@@ -134,7 +136,7 @@ class PvTraps:
             if data[at] and not data[at + 1]:
                 return pv.deliver_event(rip)
         except Exception as error:  # as in syscall()
-            self._crash(f"exception {vector}", error)
+            self._crash(f"exception {vector}", error, rip)
         return rip
 
     def _page_fault(self, error: int, rip: int) -> int:
@@ -155,8 +157,12 @@ class PvTraps:
                 if resumed is not None:
                     self.page_table_writes += 1
                     return resumed
-        if not error & (_PF_USER | _PF_PRESENT) and ldt.handle_fault(pv, va):
-            return rip
+        if not error & (_PF_USER | _PF_PRESENT):
+            elsewhere = ldt.handle_fault(pv, va)
+            if elsewhere is not None:
+                if not elsewhere:
+                    return rip
+                va = elsewhere
         return pv.inject_page_fault(va, error, rip)
 
     def _general_protection(self, error: int, rip: int) -> int:
@@ -167,7 +173,7 @@ class PvTraps:
             vector = error >> 3 & 0xFF
             entry = pv.trap_table[vector]
             if entry is not None and entry[0] & 3 >= (1 if pv.kernel_mode else 3):
-                return pv.bounce(entry[2], rip + 2, cpu.flags, None, bool(entry[0] & 4))
+                return pv.bounce(entry[2], rip + 2 & MASK64, cpu.flags, None, bool(entry[0] & 4))
             return pv.inject(13, error, rip)
         if not error:
             resumed = emulate.privileged_op(pv, cpu, rip)
@@ -194,6 +200,8 @@ class PvTraps:
         elif vector == 7 and pv.cr0_ts:
             pv.cr0_ts = False
             cpu.set_task_switched(False)
+        elif vector == 0x80 and pv.trap_table[0x80] is None:  # int80_slow_path: as if the gate were a kernel's
+            return pv.inject(13, 0x80 << 3 | 2, rip - 2 & MASK64)
         elif vector == 8:
             raise GuestFault(f"double fault at rip {rip:#x}")
         return pv.inject(vector, error if vector in _ERROR_VECTORS and not software else None, rip)
@@ -211,9 +219,9 @@ class PvTraps:
         )
         return rip + 2
 
-    def _crash(self, where: str, error: BaseException) -> None:
+    def _crash(self, where: str, error: BaseException, rip: int) -> None:
         pv = self.pv
-        crash_on_bug(pv.domain, f"{where} of {pv.vcpu}", error)
+        crash_on_bug(pv.domain, f"{where} of {pv.vcpu}", error, rip)
         cpu = pv.cpu
         if cpu is not None:
             cpu.stop()

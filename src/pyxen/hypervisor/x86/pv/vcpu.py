@@ -47,6 +47,7 @@ EFLAGS_IF: Final = 0x200
 EFLAGS_IOPL: Final = 0x3000
 CLEARED_ON_ENTRY: Final = 0x100 | 0x4000 | 0x10000 | 0x20000  # TF, NT, RF, VM
 CANONICAL_LOW: Final = 1 << 47
+DEBUGREG_RESET: Final = (0, 0, 0, 0, 0, 0, 0xFFFF0FF0, 0x400)
 
 _CS: Final = int(Seg.CS)
 _SS: Final = int(Seg.SS)
@@ -82,21 +83,22 @@ class PvVcpu:
         self.syscall_callback = 0
         self.syscall32_callback = 0
         self.sysenter_callback = 0
-        self.nmi_callback = 0
+        self.nmi_masked = False
+        """An NMI was delivered and the kernel has not returned from it (async_exception_mask)."""
         self.failsafe_masks_events = False
         self.syscall_masks_events = False
+        self.sysenter_masks_events = False
         self.kernel_sp = 0
         self.kernel_ss = FLAT_KERNEL_SS
         # Registers that the engine does not hold
         self.gs_base_kernel = 0
         self.gs_base_user = 0
-        self.gs_sel_user = 0
         self.iopl = 0
         self.iobmp = 0
         self.iobmp_limit = 0
         self.cr0_ts = False
         self.guest_cr4 = 0x620
-        self.debugreg = [0] * 8
+        self.debugreg = list(DEBUGREG_RESET)
         # Descriptor tables
         self.gdt_frames: list[int] = []
         self.gdt_ents = 0
@@ -111,6 +113,12 @@ class PvVcpu:
         self.user_segments: dict[tuple[int, int], tuple[int, int]] = {}
         self._read_cache: dict[int, int] = {}
         self._write_cache: dict[int, int] = {}
+
+    @property
+    def live_cpu(self) -> Cpu | None:
+        """The engine whose registers are this vCPU's now. ``cpu`` alone is only where it ran last."""
+        cpu = self.cpu
+        return cpu if cpu is not None and cpu.loaded is self.vcpu.context else None
 
     # --- translation -------------------------------------------------------------------------
 
@@ -190,6 +198,16 @@ class PvVcpu:
             size -= count
         return b"".join(parts)
 
+    def read_as_kernel(self, address: int, size: int) -> bytes:
+        """Like :meth:`read`, by the kernel's tables whatever mode the vCPU is in (Xen: TOGGLE_MODE())"""
+        if self.kernel_mode:
+            return self.read(address, size)
+        self.kernel_mode = True
+        try:
+            return self.read(address, size)
+        finally:
+            self.kernel_mode = False
+
     def write(self, address: int, data: bytes) -> None:
         """Copy to guest memory. Raises GuestAccessError; bytes before the bad page are then written."""
         offset = address & 0xFFF
@@ -252,8 +270,8 @@ class PvVcpu:
         cpu.gs_base = self.gs_base_user
         self.kernel_mode = False
         if self.exact:
-            # Both spaces keep their translations, as with Xen's global user pages: a guest that changes an entry flushes, and every
-            # flush, and every new root, reaches both.
+            # Both spaces keep their translations, as with Xen's global user pages: a guest that changes an entry
+            # flushes, and every flush, and every new root, reaches both.
             cpu.switch_space(1, self.guest_table_user << 12)
             return
         cpu.set_cpl(3)
@@ -295,7 +313,7 @@ class PvVcpu:
         if HYPERVISOR_VIRT_START <= stack < HYPERVISOR_VIRT_END + 64:
             raise GuestFault(f"guest kernel stack {stack:#x} lies in Xen's own address range")
         if not address:
-            raise GuestFault(f"no handler for the trap at rip {rip:#x}")
+            raise GuestFault(f"nothing registered to enter its kernel at (interrupted at rip {rip:#x})")
         data = self.bytes
         mask_at = self.vcpu.info_maddr + 1
         masked = data[mask_at]
@@ -360,7 +378,7 @@ class PvVcpu:
         """Enter the event callback if an event is pending and unmasked; returns where to continue."""
         at = self.vcpu.info_maddr
         data = self.bytes
-        if data[at] and not data[at + 1] and self.event_callback:
+        if data[at] and not data[at + 1]:
             cpu = self.cpu
             assert cpu is not None
             return self.bounce(self.event_callback, rip, cpu.flags, None, True)
@@ -386,10 +404,19 @@ class PvVcpu:
         evtchn = self.domain.evtchn
         if evtchn.posted:
             evtchn.apply_posted()
+        if self.vcpu.nmi_pending and not self.nmi_masked:
+            self._deliver_nmi(cpu)
         at = self.vcpu.info_maddr
         data = self.bytes
-        if data[at] and not data[at + 1] and self.event_callback:
+        if data[at] and not data[at + 1]:
             cpu.gpr[16] = self.bounce(self.event_callback, cpu.gpr[16], cpu.flags, None, True)
+
+    def _deliver_nmi(self, cpu: Cpu) -> None:
+        """process_nmi in entry.S: vector 2 of the trap table; without a handler the NMI is lost."""
+        self.vcpu.nmi_pending = False
+        if self.trap_table[2] is not None:
+            self.nmi_masked = True
+            cpu.gpr[16] = self.inject(2, None, cpu.gpr[16])
 
     def _first_entry(self, cpu: Cpu) -> None:
         """The context was set from outside: give the engine what a Context does not carry (tables, hidden parts of
@@ -410,5 +437,5 @@ class PvVcpu:
             cpu.set_cpl(3)
         cpu.set_task_switched(self.cr0_ts)
         for number, value in enumerate(self.debugreg):
-            if value and number not in (4, 5):
+            if number not in (4, 5):
                 cpu.set_debug_register(number, value)
