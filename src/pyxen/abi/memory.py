@@ -41,6 +41,9 @@ class Xenmem(IntEnum):
 
 MEMOP_EXTENT_SHIFT: Final = 6
 MEMOP_CMD_MASK: Final = (1 << MEMOP_EXTENT_SHIFT) - 1
+MEMF_ADDRESS_BITS: Final = 0xFF
+"""XENMEMF_address_bits(): width of the addresses that frames may have, 0 for any."""
+MEMF_POPULATE_ON_DEMAND: Final = 1 << 16
 
 RESERVATION: Final = struct.Struct("<QQIIH6x")
 """struct xen_memory_reservation: extent_start (handle), nr_extents, extent_order, mem_flags, domid."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from pyxen.abi import memory as abi
@@ -22,15 +23,15 @@ from pyxen.hypervisor.hypercall import Preempted, should_preempt
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
     from pyxen.hypervisor.hypercall import Caller
+    from pyxen.hypervisor.hypervisor import Hypervisor
 
 _MAX_ORDER_GUEST: Final = 9
 _MAX_ORDER_CONTROL: Final = 20
-_CHUNK: Final = 256
 
 
 def do_memory_op(caller: Caller, command: int, arg: int) -> int:
     """HYPERVISOR_memory_op(cmd, arg)."""
-    start = (command & 0xFFFFFFFF) >> abi.MEMOP_EXTENT_SHIFT
+    start = command >> abi.MEMOP_EXTENT_SHIFT
     operation = command & abi.MEMOP_CMD_MASK
     if operation in (Xenmem.INCREASE_RESERVATION, Xenmem.DECREASE_RESERVATION, Xenmem.POPULATE_PHYSMAP):
         return _reservation(caller, operation, start, arg)
@@ -48,8 +49,13 @@ def _target(caller: Caller, domid: int) -> Domain:
 
 
 def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
-    extents, count, order, _flags, domid = abi.RESERVATION.unpack(caller.read(arg, abi.RESERVATION.size))
-    if count > (MASK64 >> 1) // 8 or start > count:
+    """XENMEM_{increase,decrease}_reservation and XENMEM_populate_physmap: the number of extents done.
+
+    Whatever stops the loop (an address that faults, a frame that is not the domain's, no memory) ends it with that
+    number, as in Xen; a frame whose number could not be told is the domain's all the same.
+    """
+    extents, count, order, flags, domid = abi.RESERVATION.unpack(caller.read(arg, abi.RESERVATION.size))
+    if count > MASK64 >> abi.MEMOP_EXTENT_SHIFT or start >= count:
         return start
     current = caller.domain
     domain = _target(caller, domid)
@@ -57,43 +63,67 @@ def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
     hypervisor.xsm.memory_adjust_reservation(current, domain)
     if order > (_MAX_ORDER_CONTROL if current.is_privileged else _MAX_ORDER_GUEST):
         return start
-    if count > 1 << 32:
+    if operation == Xenmem.DECREASE_RESERVATION:
+        with _stopped(caller, domain):
+            return _decrease(caller, domain, extents, count, order, start, arg)
+    if flags & abi.MEMF_POPULATE_ON_DEMAND or not _reachable(hypervisor, flags & abi.MEMF_ADDRESS_BITS):
         return start
     frames = hypervisor.frames
-    done = start
     size = 1 << order
-    while done < count:
-        batch = min(count - done, _CHUNK)
-        try:
-            data = caller.read(extents + done * 8, batch * 8) if extents else b""
-        except XenError:
-            if batch == 1:
-                return done
-            batch = 1
-            try:
-                data = caller.read(extents + done * 8, 8)
-            except XenError:
-                return done
-        values = struct.unpack(f"<{batch}Q", data) if extents else (0,) * batch
-        for value in values:
-            if operation == Xenmem.DECREASE_RESERVATION:
-                for mfn in range(value, value + size):
-                    if not frames.guest_remove_page(mfn, domain):
-                        return done
-            else:
-                try:
-                    first = frames.alloc_domheap(domain, order)
-                except XenError:
-                    return done
-                if operation == Xenmem.POPULATE_PHYSMAP:
-                    for i in range(size):
-                        frames.m2p.set(first + i, value + i)
-                if extents:
-                    caller.write_u64(extents + done * 8, first)
-            done += 1
-        if done < count and should_preempt(caller):
+    populate = operation == Xenmem.POPULATE_PHYSMAP
+    for done in range(start, count):
+        if done > start and should_preempt(caller):
             raise Preempted((operation | done << abi.MEMOP_EXTENT_SHIFT, arg))
-    return done
+        try:
+            gpfn = caller.read_u64(extents + done * 8) if populate else 0
+            first = frames.alloc_domheap(domain, order)
+            if populate:
+                for i in range(size):
+                    frames.m2p.set(first + i, gpfn + i & MASK64)
+            if populate or extents:
+                caller.write_u64(extents + done * 8, first)
+        except XenError:
+            return done
+    return count
+
+
+def _decrease(
+    caller: Caller, domain: Domain, extents: int, count: int, order: int, start: int, arg: int
+) -> int:
+    frames = domain.hypervisor.frames
+    for done in range(start, count):
+        if done > start and should_preempt(caller):
+            raise Preempted((Xenmem.DECREASE_RESERVATION | done << abi.MEMOP_EXTENT_SHIFT, arg))
+        try:
+            first = caller.read_u64(extents + done * 8)
+        except XenError:
+            return done
+        for mfn in range(first, first + (1 << order)):
+            if not frames.guest_remove_page(mfn, domain):
+                return done
+    return count
+
+
+@contextmanager
+def _stopped(caller: Caller, domain: Domain) -> Iterator[None]:
+    """Nobody executes in ``domain`` while its frames are taken: its engine may hold translations of them.
+
+    A domain that does it to itself is at a hypercall, on its engine's thread.
+    """
+    if domain is caller.domain:
+        yield
+        return
+    scheduler = domain.hypervisor.scheduler
+    scheduler.domain_pause(domain)
+    try:
+        yield
+    finally:
+        scheduler.domain_unpause(domain)
+
+
+def _reachable(hypervisor: Hypervisor, address_bits: int) -> bool:
+    """Whether every frame of this machine has an address of that many bits (0: any). There are no zones to choose."""
+    return not address_bits or hypervisor.memory.size_bytes <= 1 << address_bits
 
 
 def _maximum_ram_page(caller: Caller, arg: int) -> int:
@@ -140,7 +170,7 @@ def _machphys_mapping(caller: Caller, arg: int) -> int:
 
 def _memory_map(caller: Caller, arg: int) -> int:
     """XENMEM_memory_map: the map the toolstack set; ENOSYS if it set none."""
-    entries = caller.domain.pv.memory_map
+    entries = [] if caller.domain.is_privileged else caller.domain.pv.memory_map
     if not entries:
         raise XenError(errno.ENOSYS)
     limit, buffer = abi.MEMORY_MAP.unpack(caller.read(arg, abi.MEMORY_MAP.size))
@@ -156,6 +186,8 @@ def _set_memory_map(caller: Caller, arg: int) -> int:
         raise XenError(errno.EINVAL)
     domain = _target(caller, domid)
     caller.domain.hypervisor.xsm.domain_memory_map(caller.domain, domain)
+    if domain.is_privileged:
+        raise XenError(errno.EINVAL)
     data = caller.read(buffer, count * abi.E820ENTRY.size)
     domain.pv.memory_map = [(a, s, t) for a, s, t in abi.E820ENTRY.iter_unpack(data)]
     return 0
@@ -195,7 +227,7 @@ def _remove_from_physmap(caller: Caller, arg: int) -> int:
 def _exchange(caller: Caller, arg: int) -> int:
     """XENMEM_exchange: give frames, get as many others, in other orders if wanted. All or nothing for each chunk."""
     (in_list, in_count, in_order, _in_flags, in_domid,
-     out_list, out_count, out_order, _out_flags, out_domid, done) = abi.EXCHANGE.unpack(
+     out_list, out_count, out_order, out_flags, out_domid, done) = abi.EXCHANGE.unpack(
         caller.read(arg, abi.EXCHANGE.size))
     hypervisor = caller.domain.hypervisor
     limit = _MAX_ORDER_CONTROL if caller.domain.is_privileged else _MAX_ORDER_GUEST
@@ -205,31 +237,39 @@ def _exchange(caller: Caller, arg: int) -> int:
         raise XenError(errno.EINVAL)
     domain = _target(caller, in_domid)
     hypervisor.xsm.memory_exchange(caller.domain, domain)
-    frames = hypervisor.frames
-    if in_order <= out_order:
-        in_chunk, out_chunk = 1 << (out_order - in_order), 1
-    else:
-        in_chunk, out_chunk = 1, 1 << (in_order - out_order)
-    while done < in_count:
-        if should_preempt(caller):
-            caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
-            raise Preempted((Xenmem.EXCHANGE, arg))
-        gmfns = struct.unpack(f"<{in_chunk}Q", caller.read(in_list + done * 8, in_chunk * 8))
-        first_out = (done << in_order) >> out_order
-        gpfns = struct.unpack(f"<{out_chunk}Q", caller.read(out_list + first_out * 8, out_chunk * 8))
-        given = [base + i for base in gmfns for i in range(1 << in_order)]
-        try:
-            got = frames.exchange(domain, given, out_chunk, out_order)
-        except XenError:
-            caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
-            raise
-        for gpfn, mfn in zip(gpfns, got, strict=True):
-            for i in range(1 << out_order):
-                frames.m2p.set(mfn + i, gpfn + i)
-        caller.write(out_list + first_out * 8, struct.pack(f"<{out_chunk}Q", *got))
-        done += in_chunk
-    caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
+    if not _reachable(hypervisor, out_flags & abi.MEMF_ADDRESS_BITS):
+        raise XenError(errno.ENOMEM)
+    in_chunk, out_chunk = 1 << max(out_order - in_order, 0), 1 << max(in_order - out_order, 0)
+    done -= done % in_chunk
+    try:
+        with _stopped(caller, domain):
+            while done < in_count:
+                if should_preempt(caller):
+                    raise Preempted((Xenmem.EXCHANGE, arg))
+                first_out = (done << in_order) >> out_order
+                _exchange_chunk(
+                    caller, domain, (in_list + done * 8, in_chunk, in_order),
+                    (out_list + first_out * 8, out_chunk, out_order),
+                )
+                done += in_chunk
+    finally:
+        caller.write_u64(arg + abi.EXCHANGE.size - 8, done)
     return 0
+
+
+def _exchange_chunk(caller: Caller, domain: Domain, given: tuple[int, int, int], wanted: tuple[int, int, int]) -> None:
+    """All or nothing. Both are (address of extents, their number, order)."""
+    frames = domain.hypervisor.frames
+    at, count, order = given
+    gmfns = struct.unpack(f"<{count}Q", caller.read(at, count * 8))
+    mfns = [base + i for base in gmfns for i in range(1 << order)]
+    at, count, order = wanted
+    gpfns = struct.unpack(f"<{count}Q", caller.read(at, count * 8))
+    got = frames.exchange(domain, mfns, count, order)
+    for gpfn, mfn in zip(gpfns, got, strict=True):
+        for i in range(1 << order):
+            frames.m2p.set(mfn + i, gpfn + i & MASK64)
+    caller.write(at, struct.pack(f"<{count}Q", *got))
 
 
 def _claim_pages(caller: Caller, arg: int) -> int:
