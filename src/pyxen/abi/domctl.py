@@ -52,7 +52,7 @@ class DomInf(IntFlag):
 DOMINF_SHUTDOWN_SHIFT: Final = 16
 CREATEDOMAIN: Final = struct.Struct("<I16sI")
 """ssidref, handle, flags."""
-GETDOMAININFO: Final = struct.Struct("<H2xIQQQQQQQIII16sI4x")
+GETDOMAININFO: Final = struct.Struct("<H2xIQQQQQQQIII16sI")
 """domain, flags, tot_pages, max_pages, outstanding_pages, shr_pages, paged_pages, shared_info_frame, cpu_time,
 nr_online_vcpus,
 max_vcpu_id, ssidref, handle, cpupool."""
@@ -63,6 +63,9 @@ GETVCPUINFO: Final = struct.Struct("<IBBB1xQI4x")
 MAX_VCPUS: Final = struct.Struct("<I")
 SCHEDULER_OP: Final = struct.Struct("<IIHH")
 """sched_id, cmd, then for credit: weight, cap."""
+HYPERCALL_INIT: Final = struct.Struct("<Q")
+"""gmfn."""
+INVALID_MAX_VCPU_ID: Final = 0xFFFFFFFF
 SCHEDULER_CREDIT: Final = 5
 SCHEDOP_PUTINFO: Final = 0
 SCHEDOP_GETINFO: Final = 1

@@ -12,11 +12,13 @@ import errno
 from typing import TYPE_CHECKING
 
 from pyxen.abi import domctl as abi
-from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE
+from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, Vgcf
 from pyxen.abi.domctl import Domctl, DomInf
 from pyxen.errors import XenError
 from pyxen.hypervisor.domain import Domain, Dying
+from pyxen.hypervisor.event_channel import MAX_EVTCHN_PORT
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
+from pyxen.hypervisor.x86 import hypercall_page
 
 _MAX_CONTROLLER_PAUSES = 255
 
@@ -44,12 +46,12 @@ def getdomaininfo(domain: Domain) -> bytes:
     return abi.GETDOMAININFO.pack(
         domain.domid, flags | code << abi.DOMINF_SHUTDOWN_SHIFT, domain.tot_pages, domain.max_pages, 0, 0, 0,
         domain.shared_info_mfn, sum(scheduler.vcpu_cpu_time(v) for v in domain.vcpus), len(online),
-        max(len(domain.vcpus) - 1, 0), 0, domain.handle, domain.cpupool,
+        len(domain.vcpus) - 1 if domain.vcpus else abi.INVALID_MAX_VCPU_ID, 0, domain.handle, domain.cpupool,
     )
 
 
 def _vcpu(domain: Domain, vcpu_id: int, *, missing: int = errno.ESRCH) -> Vcpu:
-    if vcpu_id >= domain.max_vcpus:
+    if not 0 <= vcpu_id < domain.max_vcpus:
         raise XenError(errno.EINVAL)
     if vcpu_id >= len(domain.vcpus):
         raise XenError(missing)
@@ -57,7 +59,7 @@ def _vcpu(domain: Domain, vcpu_id: int, *, missing: int = errno.ESRCH) -> Vcpu:
 
 
 def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
-    """XEN_DOMCTL_setvcpucontext: the domain is paused meanwhile; vCPU 0 comes up by it."""
+    """XEN_DOMCTL_setvcpucontext: the domain is paused meanwhile; VGCF_online says whether the vCPU is up after it."""
     from pyxen.hypervisor.x86.pv.context import set_guest_context
 
     vcpu = _vcpu(domain, vcpu_id)
@@ -65,8 +67,10 @@ def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
     scheduler.domain_pause(domain)
     try:
         set_guest_context(vcpu.pv, data)
-        if vcpu_id == 0 or int.from_bytes(data[512:520], "little") & 32:
+        if int.from_bytes(data[512:520], "little") & Vgcf.ONLINE:
             scheduler.vcpu_up(vcpu)
+        else:
+            scheduler.vcpu_down(vcpu)
     finally:
         scheduler.domain_unpause(domain)
 
@@ -109,13 +113,13 @@ def unpause_by_controller(domain: Domain) -> None:
     domain.hypervisor.scheduler.domain_unpause(domain)
 
 
-def _create(hypervisor: Hypervisor, request: bytes) -> int:
+def _create(hypervisor: Hypervisor, request: bytes, wanted: int) -> int:
     from pyxen.hypervisor.lifecycle import domain_create
 
     _ssidref, handle, flags = abi.CREATEDOMAIN.unpack_from(request, abi.UNION)
     if flags:
         raise XenError(errno.EINVAL)  # HVM and PVH are not built here yet
-    return domain_create(hypervisor, handle, 1, "exact").domid
+    return domain_create(hypervisor, handle, 1, "exact", wanted).domid
 
 
 def do_domctl(caller: Caller, arg: int) -> int:
@@ -129,14 +133,14 @@ def do_domctl(caller: Caller, arg: int) -> int:
     if command in (Domctl.CREATEDOMAIN, Domctl.GETDOMAININFO):
         hypervisor.xsm.domctl(current, None, command)
         if command == Domctl.CREATEDOMAIN:
-            created = _create(hypervisor, request)
+            created = _create(hypervisor, request, domid)
             caller.write(arg, abi.HEADER.pack(command, version, created))
             return 0
-        later = [d for d in sorted(hypervisor.domains) if d >= domid]
+        later = [d for d in hypervisor.domains.copy().values() if d.domid >= domid]
         if not later:
             raise XenError(errno.ESRCH)
-        info = getdomaininfo(hypervisor.domains[later[0]])
-        caller.write(arg, abi.HEADER.pack(command, version, later[0]) + info)
+        found = min(later, key=lambda d: d.domid)
+        caller.write(arg, abi.HEADER.pack(command, version, found.domid) + getdomaininfo(found))
         return 0
     domain = hypervisor.domain(domid, current)
     hypervisor.xsm.domctl(current, domain, command)
@@ -161,8 +165,10 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         set_max_mem(domain, abi.MAX_MEM.unpack_from(request, abi.UNION)[0])
     elif command == Domctl.MAX_VCPUS:
         (count,) = abi.MAX_VCPUS.unpack_from(request, abi.UNION)
-        if not 1 <= count <= lifecycle.MAX_VCPUS or domain.vcpus:
+        if not 1 <= count <= lifecycle.MAX_VCPUS or (domain.vcpus and count != len(domain.vcpus)):
             raise XenError(errno.EINVAL)
+        if domain.vcpus:
+            return 0
         if count != domain.max_vcpus:
             domain.pv.resize(count)
         domain.max_vcpus = count
@@ -193,7 +199,9 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         weight, cap = ops.parameters(domain)
         caller.write(union, abi.SCHEDULER_OP.pack(scheduler_id, what, weight, cap))
     elif command == Domctl.SET_MAX_EVTCHN:
-        domain.evtchn.max_port = int.from_bytes(request[abi.UNION : abi.UNION + 4], "little")
-    elif command != Domctl.HYPERCALL_INIT:
+        domain.evtchn.max_port = min(int.from_bytes(request[abi.UNION : abi.UNION + 4], "little"), MAX_EVTCHN_PORT)
+    elif command == Domctl.HYPERCALL_INIT:
+        hypercall_page.initialise(domain, abi.HYPERCALL_INIT.unpack_from(request, abi.UNION)[0])
+    else:
         raise XenError(errno.ENOSYS)
     return 0

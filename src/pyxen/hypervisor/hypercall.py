@@ -94,26 +94,31 @@ def call(caller: Caller, table: Sequence[Entry | None], number: int, arguments: 
 
     Raises Preempted for a continuation; GuestFault when the caller must not go on.
     """
-    entry = table[number] if number < NR_HYPERCALLS else None
+    entry = table[number] if 0 <= number < NR_HYPERCALLS else None
     domain = caller.domain
     if entry is None:
         return -errno.ENOSYS
     domain.hypercall_counts[number] += 1
     try:
-        return entry.handler(caller, *arguments[: entry.nr_args])
+        domain.hypervisor.xsm.hypercall(domain, number)
+        result: int = entry.handler(caller, *arguments[: entry.nr_args])
+        return result
     except XenError as error:
         return -error.errno
     finally:
         caller.preempt_at = 0
 
 
-def crash_on_bug(domain: Domain, what: str, error: BaseException) -> None:
-    """An exception that is not part of any contract reached the dispatch point: log it, crash this domain only."""
+def crash_on_bug(domain: Domain, what: str, error: BaseException, rip: int | None = None) -> None:
+    """An exception that is not part of any contract reached the dispatch point: log it, crash this domain only.
+
+    ``rip`` is where the guest was, for the log: within a trap handler no register holds it.
+    """
     hypervisor = domain.hypervisor
     if isinstance(error, GuestFault):
-        hypervisor.crash(domain, str(error))
+        hypervisor.crash(domain, str(error), rip)
         return
     for line in traceback.format_exception(error):
         for part in line.rstrip().splitlines():
             hypervisor.log.printk(part)
-    hypervisor.crash(domain, f"internal error in {what}: {error!r}")
+    hypervisor.crash(domain, f"internal error in {what}: {error!r}", rip)

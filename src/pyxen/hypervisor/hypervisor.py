@@ -7,10 +7,10 @@ import errno
 import threading
 from typing import TYPE_CHECKING
 
-from pyxen.abi.xen import DOMID_FIRST_RESERVED, DOMID_IO, DOMID_SELF, DOMID_XEN, DomId
+from pyxen.abi.xen import DOMID_FIRST_RESERVED, DOMID_IO, DOMID_SELF, DOMID_XEN, NR_HYPERCALLS, DomId, Virq
 from pyxen.errors import XenError
 from pyxen.hypervisor.conlog import ConsoleLog
-from pyxen.hypervisor.domain import Domain, ShutdownCode
+from pyxen.hypervisor.domain import Domain, Dying, ShutdownCode
 from pyxen.hypervisor.event_channel import EventChannels
 from pyxen.hypervisor.frames import FrameTable
 from pyxen.hypervisor.grant_table import GrantTable
@@ -24,9 +24,11 @@ from pyxen.hypervisor.virq import GlobalVirqs
 from pyxen.hypervisor.x86.pv.slots import XenSlots
 from pyxen.hypervisor.x86.pv.validate import PageTables
 from pyxen.hypervisor.xsm import Xsm
+from pyxen.machine.cpu.base import GPR_NAMES, RIP, Seg
 from pyxen.machine.frame_allocator import FrameAllocator
 
 if TYPE_CHECKING:
+    from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.machine.clock import Clock
     from pyxen.machine.cpu.base import Context, Cpu
     from pyxen.machine.memory import Memory
@@ -99,9 +101,15 @@ class Hypervisor:
 
     # --- domains ----------------------------------------------------------------------------------------
 
-    def new_domid(self) -> DomId:
-        """The next free domain id: counting up from 1, around at DOMID_FIRST_RESERVED, as Xen's."""
+    def new_domid(self, wanted: int = 0) -> DomId:
+        """The next free domain id: counting up from 1, around at DOMID_FIRST_RESERVED, as Xen's; or ``wanted``, if
+        that is an id and free (else EINVAL)."""
+        self.reap()
         with self.domain_list:
+            if 0 < wanted < DOMID_FIRST_RESERVED:
+                if wanted in self.domains:
+                    raise XenError(errno.EINVAL)
+                return DomId(wanted)
             for _ in range(DOMID_FIRST_RESERVED):
                 domid = DomId(self._next_domid)
                 self._next_domid = domid + 1 if domid + 1 < DOMID_FIRST_RESERVED else 1
@@ -123,22 +131,32 @@ class Hypervisor:
         for vcpu in domain.vcpus:
             vcpu.pv.flush_tlb()
 
-    def crash(self, domain: Domain, reason: str) -> None:
-        """domain_crash: the domain shuts down with SHUTDOWN_crash, the log says why; nobody else notices."""
+    def crash(self, domain: Domain, reason: str, rip: int | None = None) -> None:
+        """domain_crash: the domain shuts down with SHUTDOWN_crash, the log says why; nobody else notices.
+
+        One line with the reason, then, on the thread of its engine, its registers; a trap handler passes ``rip``.
+        """
         if domain.is_shutting_down and domain.shutdown_code == ShutdownCode.CRASH:
             return
+        reason = " ".join(reason.split())
         domain.crash_reason = reason
         self.log.printk(f"domain_crash called for d{domain.domid}: {reason}")
         for vcpu in domain.vcpus:
             cpu = vcpu.cpu
-            if cpu is not None and self.pcpus[vcpu.processor].ident == threading.get_ident():
-                gpr = cpu.gpr
-                self.log.printk(f"Domain {domain.domid} (vcpu#{vcpu.vcpu_id}) crashed on cpu#{vcpu.processor}:")
-                names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
-                self.log.printk("  ".join(f"{n}: {gpr[i]:016x}" for i, n in enumerate(names[:4])))
-                self.log.printk("  ".join(f"{n}: {gpr[i + 4]:016x}" for i, n in enumerate(names[4:])))
-                self.log.printk(f"rip: {gpr[16]:016x}  cr2: {cpu.cr2:016x}  flags: {cpu.flags:08x}")
+            if cpu is None or cpu.loaded is not vcpu.context:
+                continue
+            if self.pcpus[vcpu.processor].ident == threading.get_ident():
+                self._dump(vcpu, cpu, rip)
         self.scheduler.domain_shutdown(domain, ShutdownCode.CRASH)
+
+    def _dump(self, vcpu: Vcpu, cpu: Cpu, rip: int | None) -> None:
+        gpr, printk = cpu.gpr, self.log.printk
+        printk(f"Domain {vcpu.domain.domid} (vcpu#{vcpu.vcpu_id}) crashed on cpu#{vcpu.processor}:")
+        printk(f"rip: {gpr[RIP] if rip is None else rip:016x}  flags: {cpu.flags:08x}  cr2: {cpu.cr2:016x}"
+               f"  cs: {cpu.selector(Seg.CS):04x}  ss: {cpu.selector(Seg.SS):04x}"
+               f"  mode: {'kernel' if vcpu.pv.kernel_mode else 'user'}")
+        for first in range(0, RIP, 4):
+            printk("  ".join(f"{GPR_NAMES[i]:>3}: {gpr[i]:016x}" for i in range(first, first + 4)))
 
     def send_global_virq(self, virq: int) -> None:
         """send_global_virq()."""
@@ -146,14 +164,27 @@ class Hypervisor:
 
     def note_enosys(self, domain: Domain, number: int) -> None:
         """Say once a domain which hypercall it tried that is not here."""
-        key = (domain.domid, number)
+        key = (domain.domid, min(number, NR_HYPERCALLS))
         if key not in self.enosys_seen and len(self.enosys_seen) < 4096:
             self.enosys_seen.add(key)
             self.log.guest_printk(domain.domid, f"d{domain.domid}: hypercall {number} is not implemented (ENOSYS)")
 
-    def forget(self, domain: Domain) -> None:
-        """A domain is dead and holds nothing: take it off the list."""
+    def reap(self) -> None:
+        """complete_domain_destroy() of every dead domain that nobody refers to any more.
+
+        Until then it stays on the list, a zombie: frames of it that others have mapped still carry its id.
+        """
+        for domain in list(self.domains.values()):
+            if domain.dying is Dying.DEAD and not self.frames.pages_held(domain):
+                self._forget(domain)
+
+    def _forget(self, domain: Domain) -> None:
         with self.domain_list:
-            self.domains.pop(domain.domid, None)
+            if self.domains.get(domain.domid) is not domain:
+                return  # another thread was first
+            del self.domains[domain.domid]
+            self.frames.forget(domain)
         self.log.forget(domain.domid)
-        self.enosys_seen = {key for key in self.enosys_seen if key[0] != domain.domid}
+        self.enosys_seen = {key for key in self.enosys_seen.copy() if key[0] != domain.domid}
+        self.log.printk(f"d{domain.domid} destroyed", debug=True)
+        self.send_global_virq(Virq.DOM_EXC)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def _dump_domains(hypervisor: Hypervisor) -> None:
     printk = hypervisor.log.printk
     printk(f"'q' pressed -> dumping domain info (now = {hypervisor.clock.now_ns()})")
-    for domid in sorted(hypervisor.domains):
-        _dump_domain(hypervisor, hypervisor.domains[domid])
+    for domain in sorted(hypervisor.domains.copy().values(), key=lambda d: d.domid):
+        _dump_domain(hypervisor, domain)
 
 
 def _dump_domain(hypervisor: Hypervisor, domain: Domain) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
-from pyxen.abi.xen import MAX_LEGACY_VCPUS, VCPU_INFO_SIZE, DomId, VcpuId
+from pyxen.abi.xen import MAX_LEGACY_VCPUS, VCPU_INFO_SIZE, DomId, VcpuId, Virq
 from pyxen.errors import XenError
 from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.event_channel import EventChannels
@@ -34,12 +34,12 @@ MAX_VCPUS: Final = 128
 """Of a PV domain in this version; the ABI's own limit is 8192 with vcpu_info registered."""
 
 
-def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: PvMode) -> Domain:
+def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: PvMode, wanted: int = 0) -> Domain:
     """A new PV domain: paused by its controller, no memory, no vCPU. ENOMEM without frames, EINVAL for a wrong
-    count."""
-    if not 1 <= max_vcpus <= MAX_VCPUS or len(handle) != 16:
+    count or mode, or when the domain id that is ``wanted`` is taken."""
+    if not 1 <= max_vcpus <= MAX_VCPUS or len(handle) != 16 or mode not in get_args(PvMode):
         raise XenError(errno.EINVAL)
-    domid = hypervisor.new_domid()
+    domid = hypervisor.new_domid(wanted)
     domain = Domain(hypervisor, domid, max_vcpus=max_vcpus, handle=handle)
     domain.controller_pause_count = domain.pause_count = 1
     domain.evtchn = EventChannels(domain)
@@ -78,23 +78,36 @@ def create_vcpus(domain: Domain) -> None:
 def domain_begin_kill(domain: Domain) -> None:
     """First slice: nothing of the domain runs from here on, and every vCPU is off its engine."""
     hypervisor = domain.hypervisor
+    # First stop it (synchronous: no engine is inside when this returns), then mark it: whoever sees it dying may take
+    # it apart.
+    hypervisor.scheduler.domain_pause(domain)
     with domain.lock:
-        if domain.dying is not Dying.ALIVE:
-            return
-        domain.dying = Dying.DYING
-    hypervisor.scheduler.domain_pause(domain)  # synchronous: returns when no engine is inside
+        first = domain.dying is Dying.ALIVE
+        if first:
+            domain.dying = Dying.DYING
+    if not first:
+        hypervisor.scheduler.domain_unpause(domain)
+        return
     for vcpu in domain.vcpus:
         hypervisor.scheduler.vcpu_stop_timers(vcpu)
 
 
 def domain_kill(domain: Domain) -> bool:
     """One slice (about half a millisecond) of destroying ``domain``; True when it holds nothing any more."""
-    hypervisor = domain.hypervisor
-    if domain.dying is Dying.DEAD:
-        return True
     if domain.dying is Dying.ALIVE:
         domain_begin_kill(domain)
         return False
+    with domain.lock:  # one thread at a time
+        if domain.dying is Dying.DEAD:
+            return True
+        if not _relinquish(domain):
+            return False
+    domain.hypervisor.send_global_virq(Virq.DOM_EXC)
+    domain.hypervisor.reap()
+    return True
+
+
+def _relinquish(domain: Domain) -> bool:
     if not domain.evtchn.destroy():
         return False
     if not domain.grant_table.release_mappings():
@@ -106,12 +119,11 @@ def domain_kill(domain: Domain) -> bool:
             unmap_vcpu_info(vcpu)
     if not relinquish_memory(domain):
         return False
-    _finish(hypervisor, domain)
+    _finish(domain.hypervisor, domain)
     return True
 
 
 def _finish(hypervisor: Hypervisor, domain: Domain) -> None:
-    domain.dying = Dying.DEAD
     for vcpu in domain.vcpus:
         hypervisor.scheduler.vcpu_destroy(vcpu)
         vcpu.info_maddr = 0
@@ -121,9 +133,7 @@ def _finish(hypervisor: Hypervisor, domain: Domain) -> None:
     domain.shared_info_mfn = 0
     domain.pv.release()
     hypervisor.global_virqs.forget(domain)
-    hypervisor.frames.forget(domain)
-    hypervisor.forget(domain)
-    hypervisor.log.printk(f"d{domain.domid} destroyed", debug=True)
+    domain.dying = Dying.DEAD
 
 
 def find(hypervisor: Hypervisor, domid: int) -> Domain:

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
 
 _CONSOLE_CHUNK: Final = 128
-_VALID_ASSISTS: Final = (
+VALID_ASSISTS: Final = (
     1 << VmAssist.FOUR_GB_SEGMENTS | 1 << VmAssist.FOUR_GB_SEGMENTS_NOTIFY | 1 << VmAssist.WRITABLE_PAGETABLES
-    | 1 << VmAssist.PAE_EXTENDED_CR3 | 1 << VmAssist.ARCHITECTURAL_IOPL | 1 << VmAssist.RUNSTATE_UPDATE_FLAG
-    | 1 << VmAssist.M2P_STRICT
+    | 1 << VmAssist.PAE_EXTENDED_CR3 | 1 << VmAssist.RUNSTATE_UPDATE_FLAG | 1 << VmAssist.M2P_STRICT
 )
+"""NATIVE_VM_ASSIST_VALID of 4.6, and the runstate flag, which is later. Not architectural_iopl (4.7): the virtual IOPL
+is not shown in frames here."""
 
 PHYSDEVOP_SET_IOPL: Final = 6
 PHYSDEVOP_SET_IOBITMAP: Final = 7
@@ -40,6 +41,7 @@ PHYSDEVOP_IRQ_STATUS_QUERY: Final = 5
 def do_console_io(caller: Caller, command: int, count: int, buffer: int) -> int:
     """HYPERVISOR_console_io(cmd, count, buffer): a guest's line goes to the hypervisor's log, with its domain id."""
     domain = caller.domain
+    command &= 0xFFFFFFFF
     domain.hypervisor.xsm.console_io(domain, domain, command)
     count &= 0xFFFFFFFF
     if command == CONSOLEIO_WRITE:
@@ -60,7 +62,7 @@ def do_vm_assist(caller: Caller, command: int, assist: int) -> int:
     """HYPERVISOR_vm_assist(cmd, type): EINVAL for a type this guest cannot have, ENOSYS for an unknown command."""
     command &= 0xFFFFFFFF
     assist &= 0xFFFFFFFF
-    if assist >= 64 or not _VALID_ASSISTS >> assist & 1:
+    if assist >= 64 or not VALID_ASSISTS >> assist & 1:
         raise XenError(errno.EINVAL)
     if command == VMASST_CMD_ENABLE:
         caller.domain.vm_assist |= 1 << assist
@@ -84,10 +86,11 @@ def make_multicall(table: list[Entry | None]) -> Handler:
         for done in range(count):
             at = calls + done * size
             number, _result, *arguments = unpack(caller.read(at, size))
-            number &= 0xFFFFFFFF
             entry = table[number] if number < 64 else None
             try:
-                if entry is None or number in (Hypercall.MULTICALL, Hypercall.IRET):
+                if number == Hypercall.MULTICALL:
+                    result = -errno.EINVAL  # "Multicall reentry is disallowed."
+                elif entry is None:
                     result = -errno.ENOSYS
                 else:
                     counts[number] += 1
@@ -101,7 +104,7 @@ def make_multicall(table: list[Entry | None]) -> Handler:
                 caller.write(at + 16, b"".join((a & (1 << 64) - 1).to_bytes(8, "little") for a in changed))
                 raise Preempted((at, count - done)) from None
             caller.write_u64(at + 8, result & (1 << 64) - 1)
-            if done + 1 < count and not done & 15 and should_preempt(caller):
+            if done + 1 < count and should_preempt(caller):
                 raise Preempted((at + size, count - done - 1))
         return 0
 
@@ -110,6 +113,7 @@ def make_multicall(table: list[Entry | None]) -> Handler:
 
 def do_physdev_op(pv: PvVcpu, command: int, arg: int) -> int:
     """HYPERVISOR_physdev_op: what a guest without devices may ask; ENOSYS for the rest."""
+    command &= 0xFFFFFFFF
     pv.hypervisor.xsm.physdev_op(pv.domain, command)
     if command == PHYSDEVOP_SET_IOPL:
         iopl = pv.read_u32(arg)

@@ -25,6 +25,7 @@ from pyxen.abi.xen import MASK64, DomId, EvtchnPort, Gfn, GrantRef, Hypercall, V
 from pyxen.errors import GuestAccessError, InternalError, XenError
 from pyxen.hypervisor import domctl, keyhandler, lifecycle
 from pyxen.hypervisor.domain import Domain, Dying
+from pyxen.hypervisor.frames import PGT_WRITABLE
 from pyxen.hypervisor.grant_map import BackendMapping, map_for_backend
 from pyxen.hypervisor.hypercall import Preempted, call
 from pyxen.hypervisor.hypercall_table import build_table
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 _BUFFERS_AT = 0x10000
 _OVERHEAD_KB = 1024
+_LOCKED_FRAMES = 256
+"""How many frames are mapped or unmapped in one go under the frame table's lock: about a quarter of a millisecond."""
 
 
 class Dom0Caller:
@@ -149,6 +152,7 @@ class Mapping:
     def __init__(self, hypervisor: Hypervisor, mfns: range, writable: bool) -> None:
         self._hypervisor = hypervisor
         self._mfns = mfns
+        self._writable = writable
         view = hypervisor.memory.b[mfns.start << 12 : mfns.stop << 12]
         self.view = view if writable else view.toreadonly()
         self._open = True
@@ -161,9 +165,23 @@ class Mapping:
         """Drop the references."""
         if self._open:
             self._open = False
-            self.view.release()
-            for mfn in self._mfns:
-                self._hypervisor.frames.put_page(mfn)
+            try:
+                self.view.release()
+            finally:
+                _put_frames(self._hypervisor, self._mfns, self._writable)
+                self._hypervisor.reap()  # a dead domain's last frames may have waited for us
+
+
+def _put_frames(hypervisor: Hypervisor, mfns: range, writable: bool) -> None:
+    frames = hypervisor.frames
+    put = frames.put_root if writable else frames.put
+    for first in range(0, len(mfns), _LOCKED_FRAMES):
+        frames.lock.acquire()
+        try:
+            for mfn in mfns[first : first + _LOCKED_FRAMES]:
+                put(mfn)
+        finally:
+            frames.release()
 
 
 class LocalPort:
@@ -175,7 +193,9 @@ class LocalPort:
         self._open = True
 
     def notify(self) -> None:
-        """EVTCHNOP_send; a remote end that is gone swallows it."""
+        """EVTCHNOP_send; a remote end that is gone swallows it, and so does a port that was closed."""
+        if not self._open:
+            return  # the port may be somebody else's now
         try:
             self._dom0.evtchn.send(self.port)
         except XenError as error:
@@ -187,6 +207,24 @@ class LocalPort:
         if self._open:
             self._open = False
             self._dom0.evtchn.close(self.port)
+
+
+def _counters(domain: Domain) -> dict[str, int]:
+    counts = {
+        f"hypercall_{Hypercall(number).name.lower()}": count
+        for number, count in enumerate(domain.hypercall_counts)
+        if count and number in Hypercall._value2member_map_
+    }
+    counts["hypercalls"] = sum(domain.hypercall_counts)
+    counts["events_sent"] = domain.evtchn.events_sent
+    for vcpu in domain.vcpus:
+        traps = vcpu.pv.traps
+        for vector, count in enumerate(traps.exceptions):
+            if count:
+                counts[f"exception_{vector}"] = counts.get(f"exception_{vector}", 0) + count
+        for name in ("system_calls", "page_table_writes", "emulated"):
+            counts[name] = counts.get(name, 0) + getattr(traps, name)
+    return counts
 
 
 class PrivCmd:
@@ -239,6 +277,8 @@ class PrivCmd:
     def _target(self, domid: int, command: int) -> Domain:
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.domctl(self._dom0, domain, command)
+        if domain.is_privileged:
+            raise XenError(errno.EINVAL)  # we are it: there is no guest that could be paused or set up
         return domain
 
     def domain_create(self, handle: bytes, *, max_vcpus: int = 1, pv_mode: PvMode = "exact") -> DomId:
@@ -257,8 +297,6 @@ class PrivCmd:
         """Destroy in slices of half a millisecond. Cancelled, it can be called again and goes on. ESRCH if it is
         gone."""
         domain = self._target(domid, Domctl.DESTROYDOMAIN)
-        if domain.is_privileged:
-            raise XenError(errno.EINVAL)
         done = False
         while not done:
             done = lifecycle.domain_kill(domain)
@@ -276,6 +314,8 @@ class PrivCmd:
         """SCHEDOP_remote_shutdown: the domain stops where it is, with this reason."""
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.schedop_shutdown(self._dom0, domain)
+        if domain.is_privileged:
+            raise XenError(errno.EINVAL)
         self._hypervisor.scheduler.domain_shutdown(domain, code)
 
     def domain_set_handle(self, domid: int, handle: bytes) -> None:
@@ -286,6 +326,7 @@ class PrivCmd:
 
     def domain_info(self, domid: int) -> DomainInfo | None:
         """State of one domain; None if there is none with this id."""
+        self._hypervisor.reap()
         domain = self._hypervisor.domains.get(DomId(domid))
         if domain is None:
             return None
@@ -300,32 +341,18 @@ class PrivCmd:
             blocked=bool(online) and all(v.pause_flags & PauseFlag.BLOCKED for v in online),
             running=any(v.is_running for v in online), cpupool=domain.cpupool,
             pv_mode="" if domain.is_privileged else domain.pv.mode, crash_reason=domain.crash_reason,
-            counters=self.counters(domid),
+            counters=_counters(domain),
         )
 
     def domain_list(self) -> list[DomainInfo]:
         """All domains, domain 0 first."""
-        found = (self.domain_info(domid) for domid in sorted(self._hypervisor.domains))
+        self._hypervisor.reap()
+        found = (self.domain_info(domid) for domid in sorted(self._hypervisor.domains.copy()))
         return [info for info in found if info is not None]
 
     def counters(self, domid: int) -> dict[str, int]:
         """What a domain did so far: hypercalls by name, exceptions, system calls, emulated instructions, events."""
-        domain = lifecycle.find(self._hypervisor, domid)
-        counts = {
-            f"hypercall_{Hypercall(number).name.lower()}": count
-            for number, count in enumerate(domain.hypercall_counts)
-            if count and number in Hypercall._value2member_map_
-        }
-        counts["hypercalls"] = sum(domain.hypercall_counts)
-        counts["events_sent"] = domain.evtchn.events_sent
-        for vcpu in domain.vcpus:
-            traps = vcpu.pv.traps
-            for vector, count in enumerate(traps.exceptions):
-                if count:
-                    counts[f"exception_{vector}"] = counts.get(f"exception_{vector}", 0) + count
-            for name in ("system_calls", "page_table_writes", "emulated"):
-                counts[name] = counts.get(name, 0) + getattr(traps, name)
-        return counts
+        return _counters(lifecycle.find(self._hypervisor, domid))
 
     def vcpu_info(self, domid: int) -> list[VcpuInfo]:
         """Every vCPU of a domain. ESRCH."""
@@ -350,7 +377,7 @@ class PrivCmd:
     def vcpu_registers(self, domid: int, vcpu: int = 0) -> Registers:
         """Registers of a vCPU, which is paused for the moment of reading. ENODATA if it was never set up."""
         domain = self._target(domid, Domctl.GETVCPUCONTEXT)
-        if vcpu >= len(domain.vcpus):
+        if not 0 <= vcpu < len(domain.vcpus):
             raise XenError(errno.EINVAL)
         target = domain.vcpus[vcpu]
         scheduler = self._hypervisor.scheduler
@@ -365,7 +392,7 @@ class PrivCmd:
     def read_guest(self, domid: int, va: int, size: int, vcpu: int = 0) -> bytes:
         """Memory at a linear address, by the tables a vCPU has loaded. EFAULT where nothing is mapped."""
         domain = self._target(domid, Domctl.GETVCPUCONTEXT)
-        if vcpu >= len(domain.vcpus):
+        if not 0 <= vcpu < len(domain.vcpus):
             raise XenError(errno.EINVAL)
         target = domain.vcpus[vcpu]
         scheduler = self._hypervisor.scheduler
@@ -414,19 +441,24 @@ class PrivCmd:
         """
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.mmu_update(self._dom0, None, domain)
-        frames = self._hypervisor.frames
-        taken: list[int] = []
-        for mfn in range(gfn, gfn + count):
-            if not frames.get_page(mfn, domain):
-                for done in taken:
-                    frames.put_page(done)
-                raise XenError(errno.EINVAL)
-            taken.append(mfn)
-        return Mapping(self._hypervisor, range(gfn, gfn + count), writable)
+        if gfn < 0 or count < 1:
+            raise XenError(errno.EINVAL)
+        frames, domid = self._hypervisor.frames, domain.domid
+        mfns = range(gfn, gfn + count)
+        for first in range(0, count, _LOCKED_FRAMES):
+            frames.lock.acquire()
+            try:
+                for mfn in mfns[first : first + _LOCKED_FRAMES]:
+                    if frames.get_and_type(mfn, domid, PGT_WRITABLE) if writable else not frames.get(mfn, domid):
+                        _put_frames(self._hypervisor, range(gfn, mfn), writable)
+                        raise XenError(errno.EINVAL)
+            finally:
+                frames.release()
+        return Mapping(self._hypervisor, mfns, writable)
 
     async def mmuext_op(self, domid: int, operations: bytes) -> None:
-        """HYPERVISOR_mmuext_op on another domain's tables: an array of struct mmuext_op. In slices: pinning a guest's first
-        root validates every page table it has."""
+        """HYPERVISOR_mmuext_op on another domain's tables: an array of struct mmuext_op. In slices: pinning a
+        guest's first root validates every page table it has."""
         count = len(operations) // 24
         await self.hypercall_in_slices(Hypercall.MMUEXT_OP, [bytearray(operations), count, 0, domid])
 

@@ -55,16 +55,21 @@ def do_sysctl(caller: Caller, arg: int) -> int:
     elif command == Sysctl.READCONSOLE:
         clear, incremental, index, buffer, count = abi.READCONSOLE.unpack_from(request, abi.UNION)
         hypervisor.xsm.readconsole(caller.domain, bool(clear))
-        text = hypervisor.log.read(clear=bool(clear))[-count:] if count else b""
+        if incremental:
+            text, index = hypervisor.log.read_from(index, count, clear=bool(clear))
+        else:
+            text, index = hypervisor.log.read_from(0, clear=bool(clear))
+            text = text[max(len(text) - count, 0) :]
         caller.write(buffer, text)
-        caller.write(union, abi.READCONSOLE.pack(clear, incremental, index, buffer, len(text)))
+        caller.write(union, abi.READCONSOLE.pack(clear, incremental, index & 0xFFFFFFFF, buffer, len(text)))
     elif command == Sysctl.DEBUG_KEYS:
         keys, count = abi.DEBUG_KEYS.unpack_from(request, abi.UNION)
         for key in caller.read(keys, min(count, _MAX_KEYS)).decode("latin-1"):
             keyhandler.handle(hypervisor, key)
     elif command == Sysctl.GETDOMAININFOLIST:
         first, limit, buffer, _ = abi.GETDOMAININFOLIST.unpack_from(request, abi.UNION)
-        found = [hypervisor.domains[d] for d in sorted(hypervisor.domains) if d >= first][:limit]
+        found = sorted((d for d in hypervisor.domains.copy().values() if d.domid >= first), key=lambda d: d.domid)
+        found = found[:limit]
         caller.write(buffer, b"".join(getdomaininfo(domain) for domain in found))
         caller.write(union, abi.GETDOMAININFOLIST.pack(first, limit, buffer, len(found)))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ TRC_PV_PTWR_EMULATION: Final = 0x0020100B
 TRC_PV_HYPERCALL_V2: Final = 0x0020100D
 
 _CYCLES: Final = 1 << 31
+_CLASS: Final = 0x0FFF0000
+_SUBCLASS: Final = 0x0000F000
 
 
 class Trace:
@@ -53,20 +56,20 @@ class Trace:
         self.enabled = False
         self.mask = 0
         self.lost = 0
-        self._records: deque[bytes] = deque()
+        self._records: deque[bytes] = deque(maxlen=capacity)
         self._capacity = capacity
 
     def set_mask(self, mask: int) -> None:
-        """Record the events whose class bits are in ``mask`` (TRC_*); 0 switches tracing off."""
+        """Record the events whose class and subclass are both in ``mask`` (TRC_*); 0 switches tracing off."""
         self.mask = mask
         self.enabled = bool(mask)
 
     def event(self, code: int, vcpu: Vcpu | None, *words: int) -> None:
         """Append a record; the oldest is lost, and counted, when the buffer is full."""
-        if not code & self.mask & 0x0FFFF000:
+        wanted = code & self.mask
+        if not (wanted & _CLASS and wanted & _SUBCLASS):
             return
         if len(self._records) >= self._capacity:
-            self._records.popleft()
             self.lost += 1
         count = min(len(words), 7)
         header = code | count << 28 | _CYCLES
@@ -77,6 +80,8 @@ class Trace:
 
     def drain(self) -> list[bytes]:
         """Take all records."""
-        records = list(self._records)
-        self._records.clear()
+        records = []
+        with suppress(IndexError):  # others append meanwhile
+            while True:
+                records.append(self._records.popleft())
         return records

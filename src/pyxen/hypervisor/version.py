@@ -41,6 +41,7 @@ FEATURE_PAE_PGDIR_ABOVE_4GB: Final = 4
 FEATURE_MMU_PT_UPDATE_PRESERVE_AD: Final = 5
 FEATURE_HIGHMEM_ASSIST: Final = 6
 FEATURE_GNTTAB_MAP_AVAIL_BITS: Final = 7
+FEATURE_DOM0: Final = 11
 
 
 def features(domain: Domain) -> int:
@@ -48,20 +49,22 @@ def features(domain: Domain) -> int:
     bits = 1 << FEATURE_MMU_PT_UPDATE_PRESERVE_AD | 1 << FEATURE_HIGHMEM_ASSIST | 1 << FEATURE_GNTTAB_MAP_AVAIL_BITS
     if domain.vm_assist & 1 << VmAssist.PAE_EXTENDED_CR3:
         bits |= 1 << FEATURE_PAE_PGDIR_ABOVE_4GB
+    if domain.is_privileged:
+        bits |= 1 << FEATURE_DOM0
     return bits
 
 
 def do_xen_version(caller: Caller, command: int, arg: int) -> int:
     """HYPERVISOR_xen_version(cmd, arg); ENOSYS for an unknown command."""
+    command &= 0xFFFFFFFF
     if command == VERSION:
         return MAJOR << 16 | MINOR
     if command == PAGESIZE:
         return PAGE_SIZE
     if command == GET_FEATURES:
-        submap = caller.read_u32(arg)
-        if submap > 1:
+        if caller.read_u32(arg):  # XENFEAT_NR_SUBMAPS is 1
             raise XenError(errno.EINVAL)
-        caller.write_u32(arg + 4, features(caller.domain) if submap == 0 else 0)
+        caller.write_u32(arg + 4, features(caller.domain))
         return 0
     if command == EXTRAVERSION:
         data = EXTRA.encode()[:15].ljust(16, b"\0")
