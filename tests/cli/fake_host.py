@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""A host for tests of the command line: the API over a unix socket (docs/seams.md), answering what a test says."""
+"""A host for tests of the command line: the API over a unix socket (docs/api.md), answering what a test says."""
 
 from __future__ import annotations
 

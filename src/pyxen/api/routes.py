@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The API's endpoints (docs/seams.md, "API").
+"""The API's endpoints (docs/api.md).
 
 An error answers ``{"error": one line, "hint": text or null, "exit": exit code for the command}``.  What we did not
 foresee answers 500 with one line; its traceback goes to the host's log only.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The host's HTTP API: how ``xl`` (another process) reaches the host (docs/seams.md, "API").
+"""The host's HTTP API: how ``xl`` (another process) reaches the host (docs/api.md).
 
 HTTP/1.1 with JSON on a unix socket of mode 0600; besides that mode, each connection's peer must have our own uid
 (``SO_PEERCRED``), so that a socket that ended up in a shared folder still serves nobody else.

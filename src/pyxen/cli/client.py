@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""The API's client: HTTP/1.1 and JSON over a unix socket, one connection a request (docs/seams.md, "API").
+"""The API's client: HTTP/1.1 and JSON over a unix socket, one connection a request (docs/api.md).
 
 Written by hand because of what it costs: ``http.client`` alone takes longer to import than the whole of ``xl list`` may
 take.  For the same reason ``subprocess`` is imported only when there is a host to start.
