@@ -45,7 +45,9 @@ class ShutdownCode(IntEnum):
 class Domain:
     """One domain. ``lock`` guards life cycle and vcpu list; page state is under ``page_lock``."""
 
-    def __init__(self, hypervisor: Hypervisor, domid: DomId, *, max_vcpus: int, handle: bytes, privileged: bool = False) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, domid: DomId, *, max_vcpus: int, handle: bytes, privileged: bool = False
+    ) -> None:
         self.hypervisor = hypervisor
         self.domid = domid
         self.handle = handle
