@@ -54,8 +54,8 @@ class Place:
 
     def run(self, name: str, *args: str, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*command(name), *args], env=self.env, capture_output=True, text=True, errors="surrogateescape", timeout=PATIENCE_S,
-            stdin=subprocess.DEVNULL, **options
+            [*command(name), *args], env=self.env, capture_output=True, text=True, errors="surrogateescape",
+            timeout=PATIENCE_S, stdin=subprocess.DEVNULL, **options
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr
         if code is not None:
