@@ -6,7 +6,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 RUNS    ?= 3
 
-.PHONY: all venv demo test guests lint bench clean
+.PHONY: all venv demo test guests lint bench stress clean
 
 all: venv
 
@@ -45,6 +45,10 @@ lint: venv
 
 bench: venv guests
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b --runs $(RUNS) || exit 1; done
+
+# Ten boots of each mode, boots with preemption every 200 us, 200 lives: minutes of CPU time.
+stress: venv
+	@$(BIN)/python benchmarks/stress.py --boots 10 --cycles 200
 
 clean:
 	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
