@@ -62,6 +62,10 @@ class _OwnerOnly(H11Protocol):
             return
         super().connection_made(transport)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.transport is not None:  # else it was refused, and uvicorn never heard of it
+            super().connection_lost(exc)
+
 
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: signals are the daemon's business, and a library user's own."""
