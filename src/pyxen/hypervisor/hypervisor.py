@@ -143,9 +143,8 @@ class Hypervisor:
         self.log.printk(f"domain_crash called for d{domain.domid}: {reason}")
         for vcpu in domain.vcpus:
             cpu = vcpu.cpu
-            if cpu is None or cpu.loaded is not vcpu.context:
-                continue
-            if self.pcpus[vcpu.processor].ident == threading.get_ident():
+            live = cpu is not None and cpu.loaded is vcpu.context
+            if cpu is not None and live and domain.evtchn.home_thread == threading.get_ident():
                 self._dump(vcpu, cpu, rip)
         self.scheduler.domain_shutdown(domain, ShutdownCode.CRASH)
 
