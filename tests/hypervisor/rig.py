@@ -96,7 +96,7 @@ class Guest:
         """Be the engine that runs vCPU 0."""
         cpu, vcpu = self.machine.cpu, self.vcpu
         assert vcpu.context is not None
-        cpu.load(vcpu.context)  # type: ignore[arg-type]
+        cpu.load(vcpu.context)
         cpu.traps = vcpu.pv.traps
         self.domain.evtchn.home_thread = threading.get_ident()
         vcpu.cpu = cpu

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Hypercall dispatch: what is there, what is not, multicalls, continuations, and bugs of ours that stay in one domain."""
+"""Hypercall dispatch: what is there and what is not, multicalls, continuations, and bugs of ours."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ def test_a_huge_multicall_is_preemptible(exact: Guest, monkeypatch: pytest.Monke
 # --- our own bugs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bug", [ZeroDivisionError("x\ny"), struct.error("s"), MemoryError(), RecursionError(), KeyError(1)])
+@pytest.mark.parametrize(
+    "bug", [ZeroDivisionError("x\ny"), struct.error("s"), MemoryError(), RecursionError(), KeyError(1)])
 def test_a_bug_of_ours_crashes_the_caller_only_and_logs_the_traceback(host: Machine, bug: Exception) -> None:
     good, bad = host.guest("exact"), host.guest("exact")
 

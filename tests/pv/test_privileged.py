@@ -60,7 +60,7 @@ def test_a_root_that_takes_long_to_validate_has_the_instruction_executed_again(e
     frames, gpr = exact.hv.frames, exact.machine.cpu.gpr
     exact.machine.pin(exact, 4, 4)
     gpr[RAX] = exact.mfns[4] << 12
-    real, frames.put_deferred = frames.put_deferred, lambda _domid: False  # type: ignore[method-assign]
+    real, frames.put_deferred = frames.put_deferred, lambda domid: False  # type: ignore[method-assign]
     assert exact.execute(b"\x0f\x22\xd8") == 0
     frames.put_deferred = real  # type: ignore[method-assign]
     assert exact.execute(b"\x0f\x22\xd8") == 3

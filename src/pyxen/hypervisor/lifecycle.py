@@ -44,11 +44,16 @@ def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: P
     domain.controller_pause_count = domain.pause_count = 1
     domain.evtchn = EventChannels(domain)
     domain.grant_table = GrantTable(domain)
-    domain.pv = PvDomain(domain, hypervisor.xen_slots, mode)
     try:
-        domain.shared_info_mfn = hypervisor.frames.alloc_xenheap(domain)
+        domain.pv = PvDomain(domain, hypervisor.xen_slots, mode)
+        try:
+            domain.shared_info_mfn = hypervisor.frames.alloc_xenheap(domain)
+        except XenError:
+            domain.pv.release()
+            raise
     except XenError:
-        domain.pv.release()
+        domain.grant_table.destroy()
+        hypervisor.frames.forget(domain)
         raise
     hypervisor.frames.domains[domid] = domain
     hypervisor.scheduler.domain_init(domain)
