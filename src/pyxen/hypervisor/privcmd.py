@@ -390,7 +390,8 @@ class PrivCmd:
             scheduler.vcpu_unpause(target)
 
     def read_guest(self, domid: int, va: int, size: int, vcpu: int = 0) -> bytes:
-        """Memory at a linear address, by the tables a vCPU has loaded. EFAULT where nothing is mapped."""
+        """Memory at a linear address, by the tables a vCPU has loaded or, where they show nothing, by its kernel's:
+        which of the two are loaded is a matter of chance. EFAULT where nothing is mapped."""
         domain = self._target(domid, Domctl.GETVCPUCONTEXT)
         if not 0 <= vcpu < len(domain.vcpus):
             raise XenError(errno.EINVAL)
@@ -398,7 +399,10 @@ class PrivCmd:
         scheduler = self._hypervisor.scheduler
         scheduler.vcpu_pause(target)
         try:
-            return target.pv.read(va, size)
+            try:
+                return target.pv.read(va, size)
+            except GuestAccessError:
+                return target.pv.read_as_kernel(va, size)
         finally:
             scheduler.vcpu_unpause(target)
 
