@@ -54,6 +54,7 @@ def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
     Whatever stops the loop (an address that faults, a frame that is not the domain's, no memory) ends it with that
     number, as in Xen; a frame whose number could not be told is the domain's all the same.
     """
+    count: int
     extents, count, order, flags, domid = abi.RESERVATION.unpack(caller.read(arg, abi.RESERVATION.size))
     if count > MASK64 >> abi.MEMOP_EXTENT_SHIFT or start >= count:
         return start

@@ -276,7 +276,7 @@ def _mov(pv: PvVcpu, cpu: Cpu, instruction: Instruction, rip: int) -> bool:
     return False
 
 
-def _gpr(register: Register) -> int:
+def _gpr(register: int) -> int:
     return int(RegisterExt.number(register))
 
 

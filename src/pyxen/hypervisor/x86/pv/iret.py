@@ -103,6 +103,7 @@ def do_iret(pv: PvVcpu, cpu: Cpu) -> int:
     """
     gpr = cpu.gpr
     sp = gpr[RSP]
+    rip: int
     try:
         base = pv._read_cache.get(sp >> 12)
         if base is None or sp & 0xFFF > 4024:
