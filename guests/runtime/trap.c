@@ -53,6 +53,8 @@ void trap_c(struct regs *r)
                                   vcpu0->upcall_mask };
         r->rip = (u64)catch_landing;
         r->rsp = catch_stack;
+        r->cs = KERNEL_CS & ~3ul; /* a failsafe frame shows selectors that could not be loaded */
+        r->ss = KERNEL_SS & ~3ul;
         r->rflags &= ~0x100ul;
         catch_stack = 0;
     } else if (trap_handler)

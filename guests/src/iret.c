@@ -118,6 +118,7 @@ static void bad_iret(u64 cs) { u64 rcx; do_hypercall_iret(cs, KERNEL_SS, 0x202, 
 static void bad_selectors_reach_the_failsafe_callback(void)
 {
     CHECK_EQ(catch_trap(bad_iret, 0x1230), -2);
+    CHECK_EQ(caught.cs & 0xffff, 0x1230);
     CHECK_EQ(catch_trap(bad_iret, 0x0), -2);
     CHECK_EQ(HC2(xen_version, XENVER_version, 0), 4 << 16 | 6);
     vcpu0->upcall_mask = 1;
@@ -132,8 +133,8 @@ static NOINLINE void iret_to(u64 rip)
 
 static void non_canonical_target(void)
 {
-    CHECK_EQ(catch_trap(iret_to, 0x8000000000000000), 13);
-    CHECK_EQ(caught.error, 0);
+    CHECK_EQ(catch_trap(iret_to, 0x8000000000000000), -2); /* Xen's own IRETQ faults: the failsafe callback */
+    CHECK_EQ(caught.rip, 0x8000000000000000);
 }
 
 TESTS({ "flat_selectors", flat_selectors }, { "iretq", iretq }, { "lretq", lretq },
