@@ -150,6 +150,28 @@ def test_events_of_a_domain_that_is_gone_are_still_told(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_domain_in_its_last_moment_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hypervisor has forgotten it and the toolstack not yet: whoever asks hears that it is gone, not an errno."""
+    kernel = write_kernel(tmp_path / "k", then="block")
+    answers: list[tuple[int, Any]] = []
+
+    async def main(api: Api) -> None:
+        await api.create(config(kernel))
+        destroy = api.host.privcmd.domain_destroy
+
+        async def destroy_and_ask(domid: int) -> None:
+            await destroy(domid)
+            for question in ("/domains/small", "/domains/1/vcpus", "/domains/1/sched-credit"):
+                answers.append(await api.call("GET", question))
+
+        monkeypatch.setattr(api.host.privcmd, "domain_destroy", destroy_and_ask)
+        assert (await api.call("DELETE", "/domains/small"))[0] == 200
+
+    run(main)
+    assert [status for status, _ in answers] == [404] * 3
+    assert all("is an invalid domain identifier (rc=-6)" in answer["error"] for _, answer in answers)
+
+
 def test_host_wide_calls() -> None:
     async def main(api: Api) -> None:
         assert list((await api.call("GET", "/info"))[1])[:3] == ["host", "release", "version"]

@@ -8,6 +8,7 @@ foresee answers 500 with one line; its traceback goes to the host's log only.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -27,7 +28,7 @@ from pyxen.api.requests import (
     query_number,
     read_fields,
 )
-from pyxen.errors import HostError, InternalError, PyxenError
+from pyxen.errors import HostError, InternalError, PyxenError, XenError
 from pyxen.toolstack.domains import UnknownDomain
 
 if TYPE_CHECKING:
@@ -72,6 +73,12 @@ def _guarded(endpoint: Endpoint, before: Callable[[], None]) -> Endpoint:
             return await endpoint(request)
         except ClientDisconnect:
             return Response(status_code=499)
+        except XenError as error:
+            which = request.path_params.get("which")
+            if which is None or error.errno != errno.ESRCH:
+                return error_response(error)
+            # The last moment of a domain: the hypervisor has forgotten it, our table has not.
+            return error_response(UnknownDomain(f"{which} is an invalid domain identifier (rc=-6)"))
         except Exception as error:
             return error_response(error)
 
