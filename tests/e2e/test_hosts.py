@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -156,15 +158,13 @@ def as_nobody(*argv: str, env: dict[str, str] | None = None) -> subprocess.Compl
 
 
 @pytest.fixture
-def open_place(tmp_path: Path) -> Path:
+def open_place() -> Iterator[Path]:
     """A folder that every user can reach, with a run directory in it (/tmp has such; pytest's folders do not)."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         pytest.skip("only root can be somebody else")
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="pyxen-e2e-"))
-    folder.chmod(0o755)
-    return folder
+    with tempfile.TemporaryDirectory(prefix="pyxen-e2e-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 def test_another_user_reaches_nothing(open_place: Path, tmp_path: Path) -> None:
@@ -187,34 +187,30 @@ def test_another_user_reaches_nothing(open_place: Path, tmp_path: Path) -> None:
     finally:
         place.rundir.chmod(0o700)
         place.close()
-        shutil.rmtree(open_place)
 
 
 @pytest.mark.parametrize("fault", ["mode", "owner", "link", "file"])
 def test_run_directories_that_are_refused(open_place: Path, fault: str) -> None:
     rundir = open_place / "run"
-    try:
-        if fault == "file":
-            rundir.write_text("")
-        elif fault == "link":
-            (open_place / "real").mkdir(mode=0o700)
-            rundir.symlink_to(open_place / "real")
+    if fault == "file":
+        rundir.write_text("")
+    elif fault == "link":
+        (open_place / "real").mkdir(mode=0o700)
+        rundir.symlink_to(open_place / "real")
+    else:
+        rundir.mkdir(mode=0o700)
+        if fault == "mode":
+            rundir.chmod(0o755)
         else:
-            rundir.mkdir(mode=0o700)
-            if fault == "mode":
-                rundir.chmod(0o755)
-            else:
-                os.chown(rundir, NOBODY, NOBODY)
-        place = Place(rundir)
-        for name, *args in (("xl", "list"), ("pyxen", "host", "start"), ("pyxen", "host", "stop")):
-            done = place.run(name, *args, code=1)
-            first, hint = done.stderr.splitlines()
-            assert first.startswith(f"run directory {rundir} ")
-            assert hint.startswith("hint: ")
-        found = [path for path in open_place.rglob("*") if path.name not in ("run", "real")]
-        assert not found
-    finally:
-        shutil.rmtree(open_place)
+            os.chown(rundir, NOBODY, NOBODY)
+    place = Place(rundir)
+    for name, *args in (("xl", "list"), ("pyxen", "host", "start"), ("pyxen", "host", "stop")):
+        done = place.run(name, *args, code=1)
+        first, hint = done.stderr.splitlines()
+        assert first.startswith(f"run directory {rundir} ")
+        assert hint.startswith("hint: ")
+    found = [path for path in open_place.rglob("*") if path.name not in ("run", "real")]
+    assert not found
 
 
 def test_default_run_directories_of_two_users_are_two() -> None:
