@@ -7,6 +7,7 @@ import pytest
 
 from pyxen.abi.arch_x86 import CALLBACKOP_REGISTER, CALLBACKTYPE_SYSCALL32, CALLBACKTYPE_SYSENTER
 from pyxen.abi.xen import Hypercall
+from pyxen.hypervisor.x86.pv.descriptors import FLAT_RING3_CS32, FLAT_RING3_CS64, FLAT_RING3_SS32
 from pyxen.machine.cpu.base import R11, RAX, RCX, RSP, Seg
 from tests.hypervisor.rig import (
     CODE32_SEL,
@@ -105,8 +106,9 @@ def test_system_call(guest: Guest) -> None:
     guest.user()
     cpu.flags = 0x202 | 0x400
     assert guest.pv.traps.syscall(0x428002) == SYSCALL
-    rcx, r11, rip, _cs, flags, rsp, _ss = guest.frame(7)
+    rcx, r11, rip, cs, flags, rsp, ss = guest.frame(7)
     assert (rcx, r11, rip, flags, rsp) == (0x428002, 0x602, 0x428002, 0x602, va(USER_PFN + 1))
+    assert (cs & 0xFFFF, ss) == (FLAT_RING3_CS64, FLAT_RING3_SS32)  # lstar_enter pushes these, whatever was loaded
     assert not cpu.flags & 0x400
     assert guest.pv.traps.system_calls == 1
 
@@ -125,7 +127,7 @@ def test_compatibility_mode_has_system_calls_of_its_own(guest: Guest) -> None:
     assert guest.call(Hypercall.CALLBACK_OP, CALLBACKOP_REGISTER, va(DATA_PFN)) == 0
     guest.user(cs=CODE32_SEL)
     assert guest.pv.traps.syscall(0x428002) == 0x404000
-    assert guest.frame(7)[3] & 0xFFFF == CODE32_SEL
+    assert guest.frame(7)[3] & 0xFFFF == FLAT_RING3_CS32  # cstar_enter
     assert guest.machine.cpu.selector(Seg.CS) == guest.pv.kernel_cs
 
 

@@ -15,6 +15,7 @@ from pyxen.errors import GuestFault, XenError
 from pyxen.hypervisor import trace
 from pyxen.hypervisor.hypercall import Preempted, crash_on_bug
 from pyxen.hypervisor.x86.pv import emulate, far, iret, ldt
+from pyxen.hypervisor.x86.pv.descriptors import FLAT_RING3_CS32, FLAT_RING3_CS64
 from pyxen.hypervisor.x86.pv.ptwr import ptwr_do_page_fault
 from pyxen.machine.cpu.base import R8, R9, R10, R11, RAX, RBX, RCX, RDI, RDX, RSI
 
@@ -81,6 +82,8 @@ class PvTraps:
                     return self._continue(number, more.arguments, next_rip)
                 pv.preempt_at = 0
                 gpr[RAX] = result & MASK64
+                if pv.flush_wanted:
+                    pv.flush_engine(cpu)
             at = pv.vcpu.info_maddr
             data = pv.bytes
             if data[at] and not data[at + 1]:
@@ -97,6 +100,8 @@ class PvTraps:
         for register, value in zip((RDI, RSI, RDX, R10, R8, R9), arguments, strict=False):
             gpr[register] = value & MASK64
         gpr[RAX] = number
+        if self.pv.flush_wanted:
+            self.pv.flush_engine(cpu)
         return self.pv.deliver_event(next_rip - 2 & MASK64)
 
     def _system_call(self, next_rip: int) -> int:
@@ -105,14 +110,14 @@ class PvTraps:
         assert cpu is not None
         gpr = cpu.gpr
         flags = cpu.flags
-        callback = pv.syscall_callback
+        callback, cs = pv.syscall_callback, FLAT_RING3_CS64
         if cpu.selector(1) not in pv.flat_code:  # compatibility mode
-            callback = pv.syscall32_callback
+            callback, cs = pv.syscall32_callback, FLAT_RING3_CS32
         if not callback:
             return pv.inject(6, None, next_rip - 2 & MASK64)
         gpr[RCX] = next_rip
         gpr[R11] = flags
-        target = pv.bounce(callback, next_rip, flags, None, pv.syscall_masks_events)
+        target = pv.bounce(callback, next_rip, flags, None, pv.syscall_masks_events, cs)
         if flags & _EFLAGS_DF:  # switch_to_kernel in entry.S; the kernel relies on it as on IA32_FMASK
             cpu.flags &= ~_EFLAGS_DF
         return target
@@ -131,6 +136,8 @@ class PvTraps:
                 rip = self._general_protection(error_code or 0, rip)
             else:
                 rip = self._other(vector, error_code, rip, software)
+            if pv.flush_wanted and pv.cpu is not None:
+                pv.flush_engine(pv.cpu)
             at = pv.vcpu.info_maddr
             data = pv.bytes
             if data[at] and not data[at + 1]:

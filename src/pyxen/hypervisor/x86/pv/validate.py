@@ -108,7 +108,8 @@ class PageTables:
         if word == DOMID_IO | OWNED:
             return
         if word != owner.domid | OWNED:
-            # Another domain's frame (a grant) loses its PTE without its grant being unmapped. When that domain frees it, only
+            # Another domain's frame (a grant) loses its PTE without its grant being unmapped. When that domain frees
+            # it, only
             # its own translations are looked after: this one's must be gone before.
             frames.flush_at_release(owner)
         if entry & PAGE_RW:

@@ -25,6 +25,7 @@ from pyxen.hypervisor.x86.pv.descriptors import (
     FAST_KERNEL_SS,
     FLAT_KERNEL_CS,
     FLAT_KERNEL_SS,
+    FLAT_RING3_SS32,
     LAST_GDT_BYTE,
 )
 from pyxen.hypervisor.x86.pv.slots import gdt_va
@@ -123,19 +124,27 @@ class PvVcpu:
     # --- translation -------------------------------------------------------------------------
 
     def flush_tlb(self) -> None:
-        """Forget every translation of this vCPU, here and in the engine that has it loaded."""
+        """Forget every translation of this vCPU, here now and in the engine before the next guest instruction.
+
+        One hypercall may ask for it several times (a type change, an entry, a root): the engine flushes once, on the way out.
+        """
         self._read_cache.clear()
         self._write_cache.clear()
         cpu = self.cpu
         if cpu is None or cpu.loaded is not self.vcpu.context:
             return  # loading a context flushes
-        if self.domain.evtchn.home_thread == _ident():
-            cpu.flush_tlb()
-        else:
-            # Not our engine: it flushes before the next guest instruction. Whoever takes frames from a domain that runs
-            # elsewhere pauses it first, so that no instruction is between here and there.
-            self.flush_wanted = True
+        self.flush_wanted = True
+        if self.domain.evtchn.home_thread != _ident():
+            # Whoever takes frames from a domain that runs elsewhere pauses it first, so that no instruction is between
+            # here and there.
             cpu.kick()
+
+    def flush_engine(self, cpu: Cpu) -> None:
+        """Do what :meth:`flush_tlb` promised. On the engine's thread."""
+        self.flush_wanted = False  # first: another thread may ask again meanwhile
+        self._read_cache.clear()
+        self._write_cache.clear()
+        cpu.flush_tlb()
 
     def flush_tlb_page(self, va: int) -> None:
         """Forget the translation of one linear address."""
@@ -144,11 +153,11 @@ class PvVcpu:
         cpu = self.cpu
         if cpu is None or cpu.loaded is not self.vcpu.context:
             return
-        if self.domain.evtchn.home_thread == _ident():
-            cpu.flush_tlb_page(va)
-        else:
+        if self.domain.evtchn.home_thread != _ident():
             self.flush_wanted = True
             cpu.kick()
+        elif not self.flush_wanted:
+            cpu.flush_tlb_page(va)
 
     def new_cr3(self) -> None:
         """guest_table or guest_table_user changed: load the root of the current mode."""
@@ -158,6 +167,7 @@ class PvVcpu:
         if cpu is not None and cpu.loaded is self.vcpu.context:
             root = self.guest_table if self.kernel_mode or self._shares_root() else self.guest_table_user
             self.root_loaded = root
+            self.flush_wanted = False  # before it: see flush_engine
             cpu.set_cr3(root << 12)
 
     def _shares_root(self) -> bool:
@@ -289,18 +299,20 @@ class PvVcpu:
 
     # --- entry into the guest kernel ------------------------------------------------------------
 
-    def bounce(self, address: int, rip: int, flags: int, error: int | None, mask_events: bool) -> int:
+    def bounce(
+        self, address: int, rip: int, flags: int, error: int | None, mask_events: bool, syscall_cs: int = 0
+    ) -> int:
         """create_bounce_frame: build the frame and return the address to continue at.
 
         ``rip`` and ``flags`` are what the guest interrupted; raises GuestFault when its kernel stack cannot take the
-        frame.
+        frame. The frame of a system call shows ``syscall_cs`` and the flat SS, whatever was loaded (lstar_enter).
         """
         cpu = self.cpu
         assert cpu is not None
         gpr = cpu.gpr
         sp = gpr[RSP]
         cs = cpu.selector(_CS)
-        ss = cpu.selector(_SS)
+        ss = FLAT_RING3_SS32 if syscall_cs else cpu.selector(_SS)
         if self.kernel_mode:
             stack = sp & ~0xF
             pushed_cs = cs & 0xFFFC
@@ -309,7 +321,7 @@ class PvVcpu:
         else:
             self.to_kernel(cpu)
             stack = self.kernel_sp & ~0xF
-            pushed_cs = cs
+            pushed_cs = syscall_cs or cs
         if HYPERVISOR_VIRT_START <= stack < HYPERVISOR_VIRT_END + 64:
             raise GuestFault(f"guest kernel stack {stack:#x} lies in Xen's own address range")
         if not address:
@@ -346,7 +358,7 @@ class PvVcpu:
         else:
             if cs != self.kernel_cs:
                 cpu.set_selector(_CS, self.kernel_cs)
-            if ss != self.kernel_ss_now:
+            if ss != self.kernel_ss_now or syscall_cs:
                 cpu.set_selector(_SS, self.kernel_ss_now)
         if flags & CLEARED_ON_ENTRY:
             cpu.flags = flags & ~CLEARED_ON_ENTRY
@@ -397,10 +409,7 @@ class PvVcpu:
         if self.fresh:
             self._first_entry(cpu)
         if self.flush_wanted:
-            self.flush_wanted = False
-            self._read_cache.clear()
-            self._write_cache.clear()
-            cpu.flush_tlb()
+            self.flush_engine(cpu)
         evtchn = self.domain.evtchn
         if evtchn.posted:
             evtchn.apply_posted()
