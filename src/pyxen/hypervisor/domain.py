@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""``struct domain``: what the hypervisor knows of a virtual machine (Xen: xen/include/xen/sched.h, xen/common/domain.c).
+"""``struct domain``: what the hypervisor knows of a virtual machine (Xen: xen/include/xen/sched.h,
+xen/common/domain.c).
 
-Life cycle (flags as in Xen): created paused (one controller pause) -> running -> shut down (``shutdown_code`` set, vCPUs
+Life cycle (flags as in Xen): created paused (one controller pause) -> running -> shut down (``shutdown_code`` set,
+vCPUs
 paused, VIRQ_DOM_EXC sent to dom0) -> dying -> dead.
 """
 

@@ -344,6 +344,12 @@ class References:
 
         0, another -errno, or -ERESTART: call again. An error may leave work for :meth:`put_deferred`.
         """
+        if mfn < self.nr_frames and self.owner[mfn] == domid | OWNED:
+            info = self.type_info[mfn]
+            if info & COUNT_MASK and info & (PGT_TYPE_MASK | PGT_VALIDATED) == page_type | PGT_VALIDATED:
+                self.type_info[mfn] = info + 1  # in use as what is wanted: one more
+                self.count_info[mfn] += 1
+                return 0
         rc = self.get_and_type(mfn, domid, page_type)
         if rc == -ERESTART:
             self.put(mfn)  # PGT_PARTIAL has its own
@@ -354,6 +360,11 @@ class References:
 
     def put_root(self, mfn: int) -> None:
         """Drop a general and a type reference; what the budget does not allow is left to :meth:`put_deferred`."""
+        info = self.type_info[mfn]
+        if info & COUNT_MASK > 1 and self.count_info[mfn] & COUNT_MASK > 1 and not info & PGT_PARTIAL:
+            self.type_info[mfn] = info - 1  # neither the last use nor the last reference
+            self.count_info[mfn] -= 1
+            return
         domid = self.owner[mfn] & ~OWNED
         if self.put_type(mfn):
             self.deferred.setdefault(domid, []).append((mfn, True))

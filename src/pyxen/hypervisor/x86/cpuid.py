@@ -37,7 +37,8 @@ XEN_SIGNATURE: Final = (0x566E6558, 0x65584D4D, 0x4D4D566E)  # "XenVMMXenVMM"
 VERSION: Final = 4 << 16 | 6
 BRAND: Final = b"pyxen virtual CPU (Unicorn)"
 SIGNATURE: Final = 0x000106CA
-"""Family 6, model 28: an in-order CPU. An emulated one does not speculate either, and kernels that know the model leave out retpolines,
+"""Family 6, model 28: an in-order CPU. An emulated one does not speculate either, and kernels that know the model
+leave out retpolines,
 return thunks and buffer clearing, which cost a fifth of a Linux guest's time here."""
 MAX_LEAF: Final = 0xD
 MAX_EXTENDED: Final = 0x80000008

@@ -73,8 +73,16 @@ class PvTraps:
                     else:
                         self.counts[number] += 1
                         self.xsm.hypercall(pv.domain, number)
-                        arguments = (gpr[RDI], gpr[RSI], gpr[RDX], gpr[R10], gpr[R8], gpr[R9])
-                        result = entry.handler(pv, *arguments[: entry.nr_args])
+                        _name, handler, nr_args = entry
+                        if nr_args == 4:
+                            result = handler(pv, gpr[RDI], gpr[RSI], gpr[RDX], gpr[R10])
+                        elif nr_args == 3:
+                            result = handler(pv, gpr[RDI], gpr[RSI], gpr[RDX])
+                        elif nr_args == 2:
+                            result = handler(pv, gpr[RDI], gpr[RSI])
+                        else:
+                            arguments = (gpr[RDI], gpr[RSI], gpr[RDX], gpr[R10], gpr[R8], gpr[R9])
+                            result = handler(pv, *arguments[:nr_args])
                 except XenError as error:
                     result = -error.errno
                 except Preempted as more:

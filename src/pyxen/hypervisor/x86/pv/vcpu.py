@@ -126,7 +126,8 @@ class PvVcpu:
     def flush_tlb(self) -> None:
         """Forget every translation of this vCPU, here now and in the engine before the next guest instruction.
 
-        One hypercall may ask for it several times (a type change, an entry, a root): the engine flushes once, on the way out.
+        One hypercall may ask for it several times (a type change, an entry, a root): the engine flushes once, on the
+        way out.
         """
         self._read_cache.clear()
         self._write_cache.clear()
