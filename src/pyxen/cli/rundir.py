@@ -68,7 +68,7 @@ def _make(path: str) -> None:
     except FileExistsError:
         return
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        _make(os.path.dirname(path))
         os.mkdir(path, 0o700)
     # Whatever the umask took away.
     os.chmod(path, 0o700)
