@@ -162,9 +162,10 @@ class Hypervisor:
         self.global_virqs.send(virq)
 
     def note_enosys(self, domain: Domain, number: int) -> None:
-        """Say once a domain which hypercall it tried that is not here."""
+        """With a verbose log, say once a domain which hypercall it tried that is not here (every Linux tries
+        xenpmu_op)."""
         key = (domain.domid, min(number, NR_HYPERCALLS))
-        if key not in self.enosys_seen and len(self.enosys_seen) < 4096:
+        if self.log.verbose and key not in self.enosys_seen and len(self.enosys_seen) < 4096:
             self.enosys_seen.add(key)
             self.log.guest_printk(domain.domid, f"d{domain.domid}: hypercall {number} is not implemented (ENOSYS)")
 
