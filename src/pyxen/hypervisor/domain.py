@@ -57,6 +57,8 @@ class Domain:
         self.max_vcpus = max_vcpus
         self.vcpus: list[Vcpu] = []
         self.lock = TicketLock("domain life cycle")
+        self.teardown = threading.Lock()
+        """Held by whoever does a slice of domain_kill(); only ever tried, never waited for."""
         self.page_lock = TicketLock("page counts, types and owners of this domain's frames")
         # Life cycle
         self.pause_lock = threading.Lock()

@@ -49,7 +49,7 @@ __all__ = [
     "PGT_PARTIAL", "PGT_PINNED", "PGT_SEG_DESC", "PGT_TYPE_MASK", "PGT_VALIDATED", "PGT_WRITABLE", "FrameTable",
 ]
 
-_SCAN: Final = 1 << 16
+OWNER_SCAN: Final = 1 << 16
 
 
 class FrameTable(References):
@@ -327,22 +327,25 @@ class FrameTable(References):
             yield mfn
             mfn = self.next_owned(domain.domid, mfn + 1)
 
-    def next_owned(self, domid: int, start: int) -> int:
-        """First frame at or after ``start`` with this owner, -1 if none (a memchr-speed scan of the owner array)."""
+    def next_owned(self, domid: int, start: int, stop: int | None = None) -> int:
+        """First frame from ``start`` on, and before ``stop``, with this owner; -1 if none (a memchr-speed scan of
+        the owner
+        array: about a tenth of a millisecond for :data:`OWNER_SCAN` frames)."""
+        end = self.nr_frames if stop is None else min(stop, self.nr_frames)
         word = domid | OWNED
         needle = word.to_bytes(2, "little")
         owners = self.owner.cast("B")
-        while start < self.nr_frames:
+        while start < end:
             # Runs are the rule: look at the next frame before copying a chunk.
             if self.owner[start] == word:
                 return start
-            chunk = bytes(owners[start * 2 : (start + _SCAN) * 2])
+            chunk = bytes(owners[start * 2 : min(start + OWNER_SCAN, end) * 2])
             at = chunk.find(needle)
             while at >= 0:
                 if not at & 1:
                     return start + (at >> 1)
                 at = chunk.find(needle, at + 1)
-            start += _SCAN
+            start += OWNER_SCAN
         return -1
 
     def pages_held(self, domain: Domain) -> int:

@@ -102,11 +102,15 @@ def domain_kill(domain: Domain) -> bool:
     if domain.dying is Dying.ALIVE:
         domain_begin_kill(domain)
         return False
-    with domain.lock:  # one thread at a time
+    if not domain.teardown.acquire(blocking=False):
+        return False  # another thread is at it; nobody waits here
+    try:
         if domain.dying is Dying.DEAD:
             return True
         if not _relinquish(domain):
             return False
+    finally:
+        domain.teardown.release()
     domain.hypervisor.send_global_virq(Virq.DOM_EXC)
     domain.hypervisor.reap()
     return True
