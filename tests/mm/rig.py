@@ -264,6 +264,9 @@ class Rig:
         """0 none, 1..4 page tables, 5 descriptors, 7 writable; also of an unused frame that keeps its type."""
         return self.frames.type_info[mfn] >> 44 & 7
 
+    def never_preempt(self) -> None:
+        self.frames.preempt = lambda: False  # type: ignore[method-assign]
+
     def always_preempt(self) -> None:
         self.frames.preempt = lambda: True  # type: ignore[method-assign]
 

@@ -109,6 +109,7 @@ def test_install_guest_tables(rig: Rig, d: FakeDomain) -> None:
 def test_pin_is_continued_and_ends_the_same(rig: Rig, d: FakeDomain) -> None:
     """XSA-299 and before: whatever the number of interruptions, the counts are those of an uninterrupted run."""
     l4, tables = wide_tree(rig, d)
+    rig.never_preempt()
     assert rig.pin(d, 4, l4) == 0 and rig.continuations == 0
     expected = [(rig.count(m), rig.type_count(m)) for m in d.frames]
     assert rig.unpin(d, l4) == 0

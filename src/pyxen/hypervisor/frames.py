@@ -220,6 +220,7 @@ class FrameTable(References):
         """Clear PGT_PINNED and PGC_ALLOCATED with the references they stand for. Lock and another reference held."""
         if self.type_info[mfn] & PGT_PINNED:
             self.type_info[mfn] &= ~PGT_PINNED
+            self.pinned.get(self.owner[mfn] & ~OWNED, set()).discard(mfn)
             self.put_root(mfn)
         if self.count_info[mfn] & PGC_ALLOCATED:
             self.count_info[mfn] &= ~PGC_ALLOCATED
@@ -355,4 +356,5 @@ class FrameTable(References):
     def forget(self, domain: Domain) -> None:
         """The domain is gone (pages_held() is 0)."""
         self.domains.pop(domain.domid, None)
+        self.pinned.pop(domain.domid, None)
         self.xenheap_pages.pop(domain.domid, None)

@@ -131,6 +131,8 @@ class References:
         """By owner: tables to put before anything else happens there (Xen: vcpu->arch.old_guest_table,
         ..._partial)."""
         self.relinquishing: dict[int, Progress] = {}
+        self.pinned: dict[int, set[int]] = {}
+        """By owner: frames with PGT_PINNED, so that teardown need not look for them."""
         """Dying domains whose memory is being given back."""
         self.deadline = 0
         self.domains: dict[int, Domain] = {}

@@ -18,6 +18,7 @@ from pyxen.hypervisor.frames_types import (
     PGT_L3,
     PGT_L4,
     PGT_PARTIAL,
+    PGT_PINNED,
     PGT_TYPE_MASK,
     PGT_VALIDATED,
     budget_from_now,
@@ -58,7 +59,7 @@ def relinquish_memory(domain: Domain, budget_ns: int = _BUDGET_NS) -> bool:
             frames.domains[domain.domid] = domain
             frames.flush(domain)
             progress = frames.relinquishing[domain.domid] = Progress()
-        if not _roots(frames, domain) or not frames.put_deferred(domain.domid):
+        if not (_roots(frames, domain) and frames.put_deferred(domain.domid) and _pins(frames, domain)):
             return False
         while progress.step < len(_PASSES):
             if progress.step and not domain.tot_pages:
@@ -83,6 +84,24 @@ def _roots(frames: FrameTable, domain: Domain) -> bool:
             if mfn:
                 frames.put_root(mfn)
         if (root or user) and frames.preempt():
+            return False
+    return True
+
+
+def _pins(frames: FrameTable, domain: Domain) -> bool:
+    """Unpin every table while the frames it maps still have their owner's reference: to undo a table is cheap then,
+    and four
+    times as dear when each entry is its frame's last user."""
+    domid = domain.domid
+    pinned = frames.pinned.get(domid)
+    while pinned:
+        mfn = pinned.pop()
+        if frames.get(mfn, domid):
+            if frames.type_info[mfn] & PGT_PINNED:
+                frames.type_info[mfn] &= ~PGT_PINNED
+                frames.put_root(mfn)
+            frames.put(mfn)
+        if not frames.put_deferred(domid) or frames.preempt():
             return False
     return True
 

@@ -123,6 +123,7 @@ class _Run:
             frames.put_root(mfn)
             return -errno.EINVAL
         frames.type_info[mfn] |= PGT_PINNED
+        frames.pinned.setdefault(domid, set()).add(mfn)
         return 0
 
     def _unpin(self, mfn: int, _arg2: int) -> int:
@@ -132,6 +133,7 @@ class _Run:
         if not frames.type_info[mfn] & PGT_PINNED:
             return -errno.EINVAL
         frames.type_info[mfn] &= ~PGT_PINNED
+        frames.pinned.get(self.pg_owner.domid, set()).discard(mfn)
         frames.put_root(mfn)
         return 0
 
