@@ -218,9 +218,10 @@ static void blocking(void)
     s64 timer = bind_virq(VIRQ_TIMER, 0);
     CHECK(timer > 0, "bind_virq: %ld", timer);
     CHECK_EQ(HC3(vcpu_op, VCPUOP_stop_periodic_timer, 0, 0), 0);
+    events_on();                                        /* a tick may have come between the two */
     for (u32 i = 0; i < 20; i++) {
-        u64 start = now_ns(), seen = event_count[timer];
         events_off();
+        u64 start = now_ns(), seen = event_count[timer];
         struct { u64 timeout; u32 flags; } when = { start + 2000000, 0 };
         CHECK_EQ(HC3(vcpu_op, VCPUOP_set_singleshot_timer, 0, &when), 0);
         while (event_count[timer] == seen)
