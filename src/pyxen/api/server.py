@@ -54,13 +54,14 @@ def peer_uid(sock: socket.socket) -> int:
 class _OwnerOnly(H11Protocol):
     """HTTP/1.1, for connections of our own uid."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        uid = peer_uid(cast(socket.socket, transport.get_extra_info("socket")))
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        stream = cast(asyncio.Transport, transport)  # of a stream socket, always
+        uid = peer_uid(cast(socket.socket, stream.get_extra_info("socket")))
         if uid != os.geteuid():
             log.warning("refused a connection from uid %d", uid)
-            transport.abort()
+            stream.abort()
             return
-        super().connection_made(transport)
+        super().connection_made(stream)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.transport is not None:  # else it was refused, and uvicorn never heard of it

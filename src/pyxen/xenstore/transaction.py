@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import Final
 
 from pyxen.errors import XenError
 from pyxen.xenstore.permissions import Permissions
 from pyxen.xenstore.store import Node, Store, base_name, parent_path, require, walk_up
-
-_ABSENT: Final = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +49,8 @@ class Transaction:
 
     def lookup(self, path: bytes) -> Node | None:
         """The node at ``path``, only to be read.  XenError(ENOSPC) beyond ``max_nodes``."""
-        mine = self._mine.get(path, _ABSENT)
-        if mine is not _ABSENT:
-            return mine  # type: ignore[return-value]  # the sentinel is excluded above
+        if path in self._mine:  # perhaps as None: removed in here
+            return self._mine[path]
         if path in self._seen:
             return self._seen[path]
         if self._max_nodes is not None and len(self._seen) >= self._max_nodes:

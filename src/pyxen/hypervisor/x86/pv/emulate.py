@@ -277,7 +277,7 @@ def _mov(pv: PvVcpu, cpu: Cpu, instruction: Instruction, rip: int) -> bool:
 
 
 def _gpr(register: int) -> int:
-    return int(RegisterExt.number(register))  # type: ignore[arg-type]
+    return int(RegisterExt.number(register))  # type: ignore[arg-type]  # iced-x86's stubs take a module for the type
 
 
 def read_cr(pv: PvVcpu, number: int) -> int | None:
