@@ -17,6 +17,7 @@ from pyxen.abi.xen import DomId
 from pyxen.hypervisor.lock import TicketLock
 
 if TYPE_CHECKING:
+    from pyxen.hypervisor.arch import ArchDomain
     from pyxen.hypervisor.event_channel import EventChannels
     from pyxen.hypervisor.grant_table import GrantTable
     from pyxen.hypervisor.hypervisor import Hypervisor
@@ -55,6 +56,8 @@ class Domain:
         self.handle = handle
         self.is_privileged = privileged
         self.max_vcpus = max_vcpus
+        self.is_hvm = False
+        """is_hvm_domain(): PVH domains too. Set by create."""
         self.vcpus: list[Vcpu] = []
         self.lock = TicketLock("domain life cycle")
         self.teardown = threading.Lock()
@@ -81,6 +84,8 @@ class Domain:
         # Mechanisms (set by create)
         self.evtchn: EventChannels
         self.grant_table: GrantTable
+        self.arch: ArchDomain
+        """``pv`` or ``hvm``, whichever there is."""
         self.pv: PvDomain
         # Scheduler's private data and its parameters
         self.sched_data: object = None

@@ -60,13 +60,11 @@ def _vcpu(domain: Domain, vcpu_id: int, *, missing: int = errno.ESRCH) -> Vcpu:
 
 def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
     """XEN_DOMCTL_setvcpucontext: the domain is paused meanwhile; VGCF_online says whether the vCPU is up after it."""
-    from pyxen.hypervisor.x86.pv.context import set_guest_context
-
     vcpu = _vcpu(domain, vcpu_id)
     scheduler = domain.hypervisor.scheduler
     scheduler.domain_pause(domain)
     try:
-        set_guest_context(vcpu.pv, data)
+        vcpu.arch.set_guest_context(data)
         if int.from_bytes(data[512:520], "little") & Vgcf.ONLINE:
             scheduler.vcpu_up(vcpu)
         else:
@@ -77,13 +75,11 @@ def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
 
 def get_vcpu_context(domain: Domain, vcpu_id: int) -> bytes:
     """XEN_DOMCTL_getvcpucontext: the vCPU is paused meanwhile. ENODATA for one that was never set up."""
-    from pyxen.hypervisor.x86.pv.context import get_guest_context
-
     vcpu = _vcpu(domain, vcpu_id)
     scheduler = domain.hypervisor.scheduler
     scheduler.vcpu_pause(vcpu)
     try:
-        return get_guest_context(vcpu.pv)
+        return vcpu.arch.get_guest_context()
     finally:
         scheduler.vcpu_unpause(vcpu)
 
@@ -170,7 +166,7 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         if domain.vcpus:
             return 0
         if count != domain.max_vcpus:
-            domain.pv.resize(count)
+            domain.arch.resize(count)
         domain.max_vcpus = count
         lifecycle.create_vcpus(domain)
     elif command == Domctl.SETVCPUCONTEXT:

@@ -129,7 +129,7 @@ class Hypervisor:
     def flush_domain(self, domain: Domain) -> None:
         """Drop every cached translation of a domain before a frame of it is used otherwise."""
         for vcpu in domain.vcpus:
-            vcpu.pv.flush_tlb()
+            vcpu.arch.flush_tlb()
 
     def crash(self, domain: Domain, reason: str, rip: int | None = None) -> None:
         """domain_crash: the domain shuts down with SHUTDOWN_crash, the log says why; nobody else notices.
@@ -153,7 +153,7 @@ class Hypervisor:
         printk(f"Domain {vcpu.domain.domid} (vcpu#{vcpu.vcpu_id}) crashed on cpu#{vcpu.processor}:")
         printk(f"rip: {gpr[RIP] if rip is None else rip:016x}  flags: {cpu.flags:08x}  cr2: {cpu.cr2:016x}"
                f"  cs: {cpu.selector(Seg.CS):04x}  ss: {cpu.selector(Seg.SS):04x}"
-               f"  mode: {'kernel' if vcpu.pv.kernel_mode else 'user'}")
+               f"  mode: {vcpu.arch.mode_name()}")
         for first in range(0, RIP, 4):
             printk("  ".join(f"{GPR_NAMES[i]:>3}: {gpr[i]:016x}" for i in range(first, first + 4)))
 

@@ -21,11 +21,7 @@ from pyxen.hypervisor.schedule import vcpu_down_at_creation
 from pyxen.hypervisor.time import update_domain_wallclock, update_vcpu_system_time
 from pyxen.hypervisor.vcpu import Vcpu
 from pyxen.hypervisor.vcpu_info import unmap_vcpu_info
-from pyxen.hypervisor.x86.pv import gdt, ldt
 from pyxen.hypervisor.x86.pv.domain import PvDomain, PvMode
-from pyxen.hypervisor.x86.pv.mm import relinquish_memory
-from pyxen.hypervisor.x86.pv.traps import PvTraps
-from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.hypervisor import Hypervisor
@@ -45,11 +41,11 @@ def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: P
     domain.evtchn = EventChannels(domain)
     domain.grant_table = GrantTable(domain)
     try:
-        domain.pv = PvDomain(domain, hypervisor.xen_slots, mode)
+        domain.arch = domain.pv = PvDomain(domain, hypervisor.xen_slots, mode)
         try:
             domain.shared_info_mfn = hypervisor.frames.alloc_xenheap(domain)
         except XenError:
-            domain.pv.release()
+            domain.arch.release()
             raise
     except XenError:
         domain.grant_table.destroy()
@@ -68,9 +64,7 @@ def create_vcpus(domain: Domain) -> None:
     hypervisor = domain.hypervisor
     for vcpu_id in range(len(domain.vcpus), domain.max_vcpus):
         vcpu = Vcpu(domain, VcpuId(vcpu_id))
-        pv = PvVcpu(vcpu)
-        vcpu.pv = pv
-        pv.traps = PvTraps(pv, hypervisor.hypercalls)
+        vcpu.arch = domain.arch.new_vcpu(vcpu)
         if vcpu_id < MAX_LEGACY_VCPUS:
             vcpu.info_maddr = (domain.shared_info_mfn << 12) + vcpu_id * VCPU_INFO_SIZE
         domain.vcpus.append(vcpu)
@@ -122,11 +116,10 @@ def _relinquish(domain: Domain) -> bool:
     if not domain.grant_table.release_mappings():
         return False
     for vcpu in domain.vcpus:
-        gdt.destroy_gdt(vcpu.pv)
-        ldt.invalidate(vcpu.pv)
+        vcpu.arch.destroy()
         if vcpu.info_mfn is not None:
             unmap_vcpu_info(vcpu)
-    if not relinquish_memory(domain):
+    if not domain.arch.relinquish_memory():
         return False
     _finish(domain.hypervisor, domain)
     return True
@@ -140,7 +133,7 @@ def _finish(hypervisor: Hypervisor, domain: Domain) -> None:
     domain.grant_table.destroy()
     hypervisor.frames.free_xenheap(domain.shared_info_mfn)
     domain.shared_info_mfn = 0
-    domain.pv.release()
+    domain.arch.release()
     hypervisor.global_virqs.forget(domain)
     domain.dying = Dying.DEAD
 

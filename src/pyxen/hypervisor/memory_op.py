@@ -171,7 +171,7 @@ def _machphys_mapping(caller: Caller, arg: int) -> int:
 
 def _memory_map(caller: Caller, arg: int) -> int:
     """XENMEM_memory_map: the map the toolstack set; ENOSYS if it set none."""
-    entries = [] if caller.domain.is_privileged else caller.domain.pv.memory_map
+    entries = [] if caller.domain.is_privileged else caller.domain.arch.memory_map
     if not entries:
         raise XenError(errno.ENOSYS)
     limit, buffer = abi.MEMORY_MAP.unpack(caller.read(arg, abi.MEMORY_MAP.size))
@@ -190,7 +190,7 @@ def _set_memory_map(caller: Caller, arg: int) -> int:
     if domain.is_privileged:
         raise XenError(errno.EINVAL)
     data = caller.read(buffer, count * abi.E820ENTRY.size)
-    domain.pv.memory_map = [(a, s, t) for a, s, t in abi.E820ENTRY.iter_unpack(data)]
+    domain.arch.memory_map = [(a, s, t) for a, s, t in abi.E820ENTRY.iter_unpack(data)]
     return 0
 
 

@@ -265,7 +265,7 @@ class Pcpu:
             vcpu.domain.evtchn.home_thread = _ident()
             # Set before posted events are applied (before_entry): see event_channel on who kicks whom.
             vcpu.cpu = self.cpu
-            self.cpu.traps = vcpu.pv.traps
+            self.cpu.traps = vcpu.arch.traps
             update_runstate_area(vcpu)
             vcpu_periodic_timer_work(vcpu)
 
@@ -282,7 +282,7 @@ class Pcpu:
         try:
             if cpu.loaded is not context:
                 cpu.load(context)
-            vcpu.pv.before_entry(cpu)
+            vcpu.arch.before_entry(cpu)
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()

@@ -218,12 +218,8 @@ def _counters(domain: Domain) -> dict[str, int]:
     counts["hypercalls"] = sum(domain.hypercall_counts)
     counts["events_sent"] = domain.evtchn.events_sent
     for vcpu in domain.vcpus:
-        traps = vcpu.pv.traps
-        for vector, count in enumerate(traps.exceptions):
-            if count:
-                counts[f"exception_{vector}"] = counts.get(f"exception_{vector}", 0) + count
-        for name in ("system_calls", "page_table_writes", "emulated"):
-            counts[name] = counts.get(name, 0) + getattr(traps, name)
+        for name, count in vcpu.arch.counters().items():
+            counts[name] = counts.get(name, 0) + count
     return counts
 
 
@@ -340,8 +336,8 @@ class PrivCmd:
             paused=domain.controller_pause_count > 0,
             blocked=bool(online) and all(v.pause_flags & PauseFlag.BLOCKED for v in online),
             running=any(v.is_running for v in online), cpupool=domain.cpupool,
-            pv_mode="" if domain.is_privileged else domain.pv.mode, crash_reason=domain.crash_reason,
-            counters=_counters(domain),
+            pv_mode="" if domain.is_privileged or domain.is_hvm else domain.pv.mode,
+            crash_reason=domain.crash_reason, counters=_counters(domain),
         )
 
     def domain_list(self) -> list[DomainInfo]:
@@ -400,9 +396,9 @@ class PrivCmd:
         scheduler.vcpu_pause(target)
         try:
             try:
-                return target.pv.read(va, size)
+                return target.arch.read(va, size)
             except GuestAccessError:
-                return target.pv.read_as_kernel(va, size)
+                return target.arch.read_as_kernel(va, size)
         finally:
             scheduler.vcpu_unpause(target)
 
@@ -434,7 +430,7 @@ class PrivCmd:
         """XENMEM_set_memory_map: E820 entries (address, size, type)."""
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.domain_memory_map(self._dom0, domain)
-        domain.pv.memory_map = list(entries)
+        domain.arch.memory_map = list(entries)
 
     def foreign_map(self, domid: int, gfn: int, count: int = 1, writable: bool = True) -> Mapping:
         """Map frames of a domain (for a PV domain gfn = mfn). EINVAL if one is not the domain's.

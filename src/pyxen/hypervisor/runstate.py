@@ -55,15 +55,10 @@ def copy_to_kernel(vcpu: Vcpu, address: int, data: bytes) -> None:
     Only where nobody executes the vCPU. Xen puts the write off when the vCPU was preempted in user mode, whose tables
     do not map the area; here the kernel's tables are at hand.
     """
-    pv = vcpu.pv
-    kernel_mode = pv.kernel_mode
-    pv.kernel_mode = True
     try:
-        pv.write(address, data)
+        vcpu.arch.copy_to_kernel(address, data)
     except GuestAccessError:
         pass
-    finally:
-        pv.kernel_mode = kernel_mode
 
 
 def update_runstate_area(vcpu: Vcpu) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pyxen.abi.xen import NR_VIRQS, VcpuId
 
 if TYPE_CHECKING:
+    from pyxen.hypervisor.arch import ArchVcpu
     from pyxen.hypervisor.domain import Domain
     from pyxen.hypervisor.timer import Timer
     from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
@@ -86,6 +87,8 @@ class Vcpu:
         self.is_running = False
         self.is_urgent = False
         # Architecture
+        self.arch: ArchVcpu
+        """``pv`` or ``hvm``, whichever there is."""
         self.pv: PvVcpu
 
     @property

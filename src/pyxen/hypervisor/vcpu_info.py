@@ -35,6 +35,8 @@ def upcall_deliverable(vcpu: Vcpu) -> bool:
     """Whether guest memory alone says that an upcall is due: pending and not masked."""
     if not vcpu.info_maddr:
         return False
+    if vcpu.domain.is_hvm:
+        return vcpu.arch.upcall_deliverable()
     b = vcpu.domain.hypervisor.memory.b
     return bool(b[vcpu.info_maddr + VI_UPCALL_PENDING]) and not b[vcpu.info_maddr + VI_UPCALL_MASK]
 

@@ -118,15 +118,13 @@ def _set_period(vcpu: Vcpu, period_ns: int) -> None:
 
 
 def _initialise(caller: Caller, vcpu: Vcpu, arg: int) -> None:
-    from pyxen.hypervisor.x86.pv.context import set_guest_context  # the architecture imports this floor
-
     if not vcpu.info_maddr:  # still Xen's dummy_vcpu_info: the guest must register one first
         raise XenError(errno.EINVAL)
     data = caller.read(arg, GUEST_CONTEXT_SIZE)
     with caller.domain.lock:
         if vcpu.is_initialised:
             raise XenError(errno.EEXIST)
-        set_guest_context(vcpu.pv, data)
+        vcpu.arch.set_guest_context(data)
         vcpu.is_initialised = True
 
 

@@ -64,6 +64,59 @@ class Registers:
     fxsave: bytes
 
 
+@dataclass(slots=True)
+class Segment:
+    """A segment register with its hidden part. ``attributes`` as in VMX and struct hvm_hw_cpu, that is bits 8..23 of
+    the descriptor's high word shifted down by 8 (type, S, DPL, P, -, AVL, L, D/B, G); ``limit`` in bytes."""
+
+    selector: int = 0
+    base: int = 0
+    limit: int = 0
+    attributes: int = 0
+
+
+@dataclass(slots=True)
+class HvmRegisters:
+    """Whole architectural state of a vCPU under nested paging (struct hvm_hw_cpu without its Intel and AMD parts).
+
+    ``gpr``: RAX..R15 in hardware order and RIP. ``segments`` in ``Seg`` order. ``msrs``: those of
+    :attr:`Cpu.native_msrs`, all of them. ``dr``: DR0-3, 6, 7 in a list of 8. ``fxsave``: 512 bytes.
+    """
+
+    gpr: list[int]
+    flags: int
+    segments: list[Segment]
+    ldtr: Segment
+    tr: Segment
+    gdtr: tuple[int, int]
+    """Base, limit."""
+    idtr: tuple[int, int]
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    efer: int
+    dr: list[int]
+    msrs: dict[int, int]
+    fxsave: bytes
+
+
+class HvmContext(Protocol):
+    """Saved state of a vCPU under nested paging. :meth:`Context.get` and ``put`` work too, on the part they know."""
+
+    def get_hvm(self) -> HvmRegisters:
+        """Decode the saved state."""
+        ...
+
+    def put_hvm(self, registers: HvmRegisters) -> None:
+        """Replace the saved state. What no CPU could hold (LMA without PG …) raises InternalError: callers check."""
+        ...
+
+    def set_nested_root(self, maddr: int) -> None:
+        """The nested page-table root (4 levels, x86-64 format, machine address) it runs under from its next load on."""
+        ...
+
+
 class Context(Protocol):
     """Saved state of a vCPU that is not loaded on any engine."""
 
@@ -105,6 +158,83 @@ class Traps(Protocol):
         block: no change of flags, CPL, page tables or context here. :meth:`Cpu.stop` takes effect at the end of the
         block.
         """
+        ...
+
+
+class HvmTraps(Traps, Protocol):
+    """What a hypervisor does when a guest under nested paging (PVH, HVM) leaves its own code.
+
+    Exceptions of such a guest are delivered through its own IDT by the engine and do not come here, nor does SYSCALL:
+    :meth:`Traps.exception` is called only for what is intercepted. :meth:`Traps.cpuid` is, always.
+
+    A method that gets ``rip`` is called with the instruction not executed: returning ``rip`` restarts it. One that gets
+    ``next_rip`` stands behind the instruction. To have the guest take an exception instead, a method calls
+    :meth:`Cpu.inject_exception` and returns the address the exception is to be reported at.
+    """
+
+    def hypercall(self, next_rip: int) -> int:
+        """VMCALL or VMMCALL, at any CPL."""
+        ...
+
+    def nested_fault(self, gpa: int, error_code: int, rip: int) -> int:
+        """A nested page fault: the nested tables do not map guest-physical address ``gpa``, or not for this use.
+
+        ``error_code`` as for a page fault: 1 present, 2 write, 4 user (always), 8 reserved bit, 16 fetch; bit 32 the
+        final guest-physical address, bit 33 the guest's own page tables. The linear address is not known.
+        """
+        ...
+
+    def io_read(self, port: int, size: int) -> int:
+        """IN or INS of 1, 2 or 4 bytes; the guest's privilege (CPL, IOPL, TSS bitmap) has been checked. In the middle
+        of a block: as for :meth:`Traps.cpuid`, no change of flags, tables or context."""
+        ...
+
+    def io_write(self, port: int, size: int, value: int) -> None:
+        """OUT or OUTS. As :meth:`io_read`."""
+        ...
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        """A load of 1, 2, 4 or 8 bytes from the MMIO window (see :attr:`Cpu.mmio_base`), ``offset`` bytes into it. In
+        the middle of an instruction: nothing of the CPU's state may change."""
+        ...
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        """A store into the MMIO window. As :meth:`mmio_read`."""
+        ...
+
+    def read_msr(self, number: int) -> int | None:
+        """RDMSR of a register that the engine does not hold (:attr:`Cpu.native_msrs`); None is #GP(0)."""
+        ...
+
+    def write_msr(self, number: int, value: int) -> bool:
+        """WRMSR likewise; False is #GP(0)."""
+        ...
+
+    def write_cr(self, number: int, value: int) -> bool:
+        """CR0, CR4 or CR8 is to become ``value`` (MOV, CLTS and LMSW alike); False is #GP(0). The engine has not
+        changed it yet: the method calls :meth:`Cpu.set_cr`, perhaps with another value. CR3 never comes here."""
+        ...
+
+    def halt(self, next_rip: int) -> int:
+        """HLT."""
+        ...
+
+    def pause(self, next_rip: int) -> int:
+        """PAUSE, while :meth:`Cpu.set_pause_exits` is on. For PV guests too."""
+        ...
+
+    def interrupt_window(self, rip: int) -> int:
+        """Asked for by :meth:`Cpu.request_interrupt_window`: RFLAGS.IF is set and no instruction holds interrupts off.
+        :meth:`Cpu.inject_interrupt` is possible now."""
+        ...
+
+    def triple_fault(self, rip: int) -> int:
+        """The guest shut itself down by faults."""
+        ...
+
+    def intercept(self, code: int, info: int, rip: int) -> int:
+        """Any other instruction that nobody may execute here (VMRUN and the other SVM instructions, MONITOR, …):
+        ``code`` is SVM's exit code. Usually #UD."""
         ...
 
 
@@ -237,3 +367,66 @@ class Cpu(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class HvmCpu(Cpu, Protocol):
+    """A physical CPU that can also run guests under nested paging (PVH, HVM)."""
+
+    mmio_base: int
+    """Machine address of a window of 256 pages, above RAM: what a nested table maps there is a device inside the
+    hypervisor (HvmTraps.mmio_read and mmio_write)."""
+    native_msrs: frozenset[int]
+    """MSRs that live in the context and that a guest's RDMSR and WRMSR reach without a trap."""
+
+    def new_hvm_context(self, nested_root: int) -> HvmContext:
+        """A context in flat 32-bit protected mode, paging off: CR0 0x11, all registers zero, RFLAGS 2, flat segments
+        (code 0x0c9b, data 0x0c93; TR 0x8b, base 0, limit 0x67), as PVH's start of day wants it."""
+        ...
+
+    def set_nested_root(self, maddr: int) -> None:
+        """Run the loaded context under another root (an altp2m view) and flush the TLB."""
+        ...
+
+    def set_cr(self, number: int, value: int) -> None:
+        """CR0, CR3, CR4 or CR8 of a guest under nested paging, with what follows from it (EFER.LMA, TLB)."""
+        ...
+
+    def get_cr(self, number: int) -> int: ...
+
+    def set_efer(self, value: int) -> None: ...
+
+    def get_efer(self) -> int: ...
+
+    def get_msr(self, number: int) -> int:
+        """A native MSR of the loaded context."""
+        ...
+
+    def set_msr(self, number: int, value: int) -> None: ...
+
+    def segment(self, seg: int) -> Segment:
+        """A segment register with its hidden part."""
+        ...
+
+    def inject_exception(self, vector: int, error_code: int | None) -> None:
+        """From a trap handler: the guest takes this exception, through its IDT, at the address that the handler
+        returns. (Double and triple faults follow by themselves; #PF's address is :attr:`cr2`.)"""
+        ...
+
+    def inject_nmi(self) -> None:
+        """Outside of a run, in :meth:`HvmTraps.interrupt_window`, or in an exit that has ``rip``: vector 2, whatever
+        IF."""
+        ...
+
+    def request_interrupt_window(self, on: bool) -> None:
+        """Have :meth:`HvmTraps.interrupt_window` called as soon as the guest can take an interrupt (perhaps at once,
+        when the run begins or the handler returns). Stays on until turned off; belongs to the loaded context."""
+        ...
+
+    def inject_interrupt(self, vector: int) -> None:
+        """In :meth:`HvmTraps.interrupt_window` only: the guest takes this interrupt before its next instruction."""
+        ...
+
+    def set_pause_exits(self, on: bool) -> None:
+        """Call :meth:`HvmTraps.pause` at each PAUSE of the loaded context, PV ones too. Turned off by a load."""
+        ...

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pyxen.hypervisor.x86.cpuid import CpuidPolicy
 from pyxen.hypervisor.x86.pit import Pit
+from pyxen.hypervisor.x86.pv.mm import relinquish_memory
 from pyxen.hypervisor.x86.pv.slots import PerDomain
+from pyxen.hypervisor.x86.pv.traps import PvTraps
+from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.hypervisor.x86.pv.slots import XenSlots
 
 PvMode = Literal["exact", "fast"]
@@ -43,6 +47,21 @@ class PvDomain:
         area = PerDomain(self._slots, self.mode, max_vcpus)
         self.area.release()
         self.area = area
+
+    @property
+    def kind(self) -> str:
+        """See :class:`~pyxen.hypervisor.arch.ArchDomain`."""
+        return "pv"
+
+    def new_vcpu(self, vcpu: Vcpu) -> PvVcpu:
+        """vcpu_initialise()."""
+        pv = vcpu.pv = PvVcpu(vcpu)
+        pv.traps = PvTraps(pv, self.domain.hypervisor.hypercalls)
+        return pv
+
+    def relinquish_memory(self) -> bool:
+        """See :mod:`~pyxen.hypervisor.x86.pv.mm_relinquish`."""
+        return relinquish_memory(self.domain)
 
     def release(self) -> None:
         """Free the per-domain area; the domain has no page tables left."""

@@ -403,6 +403,44 @@ class PvVcpu:
 
         set_guest_context(self, data)
 
+    def get_guest_context(self) -> bytes:
+        """XEN_DOMCTL_getvcpucontext. XenError(ENODATA)."""
+        from pyxen.hypervisor.x86.pv.context import get_guest_context
+
+        return get_guest_context(self)
+
+    def upcall_deliverable(self) -> bool:
+        """See :class:`~pyxen.hypervisor.arch.ArchVcpu`; ``info_maddr`` is set."""
+        return self.event_pending()
+
+    def copy_to_kernel(self, address: int, data: bytes) -> None:
+        """Like :meth:`write`, by the kernel's tables. Raises GuestAccessError."""
+        kernel_mode = self.kernel_mode
+        self.kernel_mode = True
+        try:
+            self.write(address, data)
+        finally:
+            self.kernel_mode = kernel_mode
+
+    def mode_name(self) -> str:
+        """For the crash log."""
+        return "kernel" if self.kernel_mode else "user"
+
+    def counters(self) -> dict[str, int]:
+        """See :class:`~pyxen.hypervisor.arch.ArchVcpu`."""
+        traps = self.traps
+        counts = {f"exception_{vector}": count for vector, count in enumerate(traps.exceptions) if count}
+        for name in ("system_calls", "page_table_writes", "emulated"):
+            counts[name] = getattr(traps, name)
+        return counts
+
+    def destroy(self) -> None:
+        """Put the frames of GDT and LDT."""
+        from pyxen.hypervisor.x86.pv import gdt, ldt
+
+        gdt.destroy_gdt(self)
+        ldt.invalidate(self)
+
     def before_entry(self, cpu: Cpu) -> None:
         """Last stop before the engine runs this vCPU: adopt the engine, apply posted events, deliver what is
         pending."""
