@@ -119,6 +119,13 @@ class Pv:
     def read_u32(self, address: int) -> int:
         return int.from_bytes(self.read(address, 4), "little")
 
+    def copy_to_kernel(self, address: int, data: bytes) -> None:
+        kernel_mode, self.kernel_mode = self.kernel_mode, True
+        try:
+            self.write(address, data)
+        finally:
+            self.kernel_mode = kernel_mode
+
     def before_entry(self, cpu: Any) -> None:
         if self.before is not None:
             self.before(cpu)
@@ -171,7 +178,7 @@ class Hypervisor:
         for i in range(vcpus):
             vcpu = Vcpu(domain, VcpuId(i))
             vcpu.info_maddr = INFO + 64 * ((domid * 8 + i) % 2048)
-            vcpu.pv = Pv(vcpu)  # type: ignore[assignment]
+            vcpu.arch = vcpu.pv = Pv(vcpu)  # type: ignore[assignment]
             domain.vcpus.append(vcpu)
             self.scheduler.vcpu_init(vcpu)
             vcpu.periodic_period_ns = 0
