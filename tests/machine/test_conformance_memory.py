@@ -130,6 +130,26 @@ def test_a_domain_that_moves_between_engines_runs_its_new_code(pair: Machine) ->
     assert first.run(None) is Exit.STOP and first.gpr[RAX] == 2
 
 
+def test_pages_with_code_are_enumerated_and_forgotten(machine: Machine) -> None:
+    """next_code finds exactly the pages that ran, over any distance; forget_code at once makes them none."""
+    cpu, pages = machine.cpu, 32 << 20 >> 12
+    assert cpu.next_code(0, pages) == -1
+    far = (32 << 20) - 0x3000
+    machine.set_pte(0x5000, far | PWU)
+    machine.memory.write(far, programs.RETURN_1)
+    machine.start(programs.CALL_5000)
+    machine.recorder.on_syscall = machine.recorder.stop_at_code
+    assert cpu.run(None) is Exit.STOP and cpu.gpr[RAX] == 1
+    assert cpu.next_code(0, pages) == CODE >> 12
+    assert cpu.next_code(0, CODE >> 12) == -1                    # the end is not included, the start is
+    assert cpu.next_code((CODE >> 12) + 1, pages) == far >> 12 == cpu.next_code(far >> 12, (far >> 12) + 1)
+    assert cpu.next_code((far >> 12) + 1, pages) == -1
+    machine.memory.write(far, programs.RETURN_2)                 # not announced
+    cpu.forget_code(far, 0x1000)
+    assert cpu.next_code(0, pages) == CODE >> 12 and cpu.next_code((CODE >> 12) + 1, pages) == -1
+    assert cpu.run(None) is Exit.STOP and cpu.gpr[RAX] == 2
+
+
 def test_two_engines_run_in_two_threads(pair: Machine) -> None:
     space = pair.build_space(1)
     steps = 200_000

@@ -23,7 +23,7 @@ _REACH = (2 << 30) - (64 << 20)
 _OPERAND_SIZE = {"b": 1, "d": 4, "q": 8}
 # "b" and "d" are hex digits too, but a byte of hex has two of them.
 
-JE, JNE, JAE, JLE = "74", "75", "73", "7e"
+JE, JNE, JAE, JLE, JMP = "74", "75", "73", "7e", "eb"
 
 
 def jump(source: int, target: int) -> bytes:
@@ -51,7 +51,7 @@ class Code:
                 self._bytes += bytes.fromhex(word)
 
     def branch(self, opcode: str, label: str) -> None:
-        """A short conditional jump to ``label``."""
+        """A short jump to ``label``."""
         self._bytes += bytes.fromhex(opcode) + b"\0"
         self._branches.append((len(self._bytes), label))
 

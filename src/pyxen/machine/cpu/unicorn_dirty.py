@@ -24,7 +24,7 @@ import ctypes
 from collections.abc import Callable
 
 from pyxen.machine.cpu import unicorn_internals as ui
-from pyxen.machine.cpu.unicorn_code import JAE, JE, JLE, JNE, Code, CodePage, jump
+from pyxen.machine.cpu.unicorn_code import JAE, JE, JLE, JMP, JNE, Code, CodePage, jump
 
 _TARGET_PAGE = 0x1000
 
@@ -88,25 +88,33 @@ def _find_page(code: Code, absent: str) -> None:
     code.raw("25 d 488d0440 49833cc000", 0x3ff)                # cmp qword [r8+(rax & 0x3ff)*24], 0: first_tb
 
 
-def prepare_has_code(page: CodePage) -> Callable[[int, int, int], int]:
-    """``has_code(uc, first page, end page)``: whether any of them holds a translation.
+def prepare_next_code(page: CodePage) -> Callable[[int, int, int], int]:
+    """``next_code(uc, first page, end page)``: the first of these pages that holds a translation, or -1.
 
-    It only reads, and the nodes of the tree never move: it may be called from any thread, while the engine runs.
+    It only reads, and the nodes of the tree never move: it may be called from any thread, while the engine runs. Where
+    the tree has no node, all pages of it are passed over in one step.
     """
     code = page.begin()
     code.raw("4989f1 4989d2")                                  # mov r9, rsi; mov r10, rdx
     code.label("page")
     code.raw("4d39d1")                                         # cmp r9, r10
     code.branch(JAE, "none")
-    code.raw("4c89c8 49ffc1")                                  # mov rax, r9; inc r9
-    _find_page(code, absent="page")
-    code.branch(JE, "page")
-    code.raw("b801000000 c3")                                  # return 1
+    code.raw("4c89c8")                                         # mov rax, r9
+    _find_page(code, absent="absent")
+    code.branch(JNE, "found")
+    code.label("next")
+    code.raw("49ffc1")                                         # inc r9
+    code.branch(JMP, "page")
+    code.label("absent")
+    code.raw("4981c9 d", 0x3ff)                                # or r9, 0x3ff: a leaf is 1024 pages
+    code.branch(JMP, "next")
+    code.label("found")
+    code.raw("4c89c8 c3")                                      # mov rax, r9; ret
     code.label("none")
-    code.raw("31c0 c3")
+    code.raw("48c7c0 d c3", -1)                                # mov rax, -1; ret
     page.place(code)
     function: Callable[[int, int, int], int] = ctypes.PYFUNCTYPE(
-        ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(code.address)
+        ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(code.address)
     return function
 
 

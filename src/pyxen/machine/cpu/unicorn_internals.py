@@ -159,7 +159,7 @@ class Library:
         self._held = ctypes.PyDLL(self.path)      # keeps it: right for calls that take less than a microsecond
 
         # Set by unicorn_patches:
-        self.has_code: Callable[[int, int, int], int]                  # unicorn_dirty
+        self.next_code: Callable[[int, int, int], int]                 # unicorn_dirty
         self.block_check = False                                       # unicorn_blockcheck is installed
         self.exchange_spaces: Callable[[Any, int], int] | None = None  # unicorn_spaces
 

@@ -132,7 +132,7 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
         code.jump(entry + len(moved))
         page.place(code)
         entries.append((entry, jump(entry, code.address).ljust(len(moved), b"\x90")))
-    has_code = unicorn_dirty.prepare_has_code(page)
+    next_code = unicorn_dirty.prepare_next_code(page)
     entries.append(unicorn_dirty.prepare_notdirty_write(lib, page))
     block_check = unicorn_blockcheck.prepare(lib, uc_pointer, page)
     if block_check is not None:
@@ -141,6 +141,6 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
     page.seal()
     for address, content in entries:
         page.overwrite(address, content)
-    lib.has_code = has_code
+    lib.next_code = next_code
     lib.block_check = block_check is not None
     lib.exchange_spaces = exchange_spaces

@@ -501,7 +501,7 @@ class UnicornX86:
             self._lib.tb_invalidate_range(self._handle, maddr, end)
             return
         # Backends write into guest memory all the time, and almost never where there is code.
-        if not self._lib.has_code(self._state.uc, maddr >> 12, (end + 0xfff) >> 12):
+        if self._lib.next_code(self._state.uc, maddr >> 12, (end + 0xfff) >> 12) < 0:
             return
         with self._posting:
             posted = self._posted
@@ -514,6 +514,18 @@ class UnicornX86:
         # run() sets _running before it looks at what was posted: either it sees this, or we see that it runs.
         if self._running:
             self.kick()
+
+    def next_code(self, first: int, end: int) -> int:
+        """The first page (machine frame number) from ``first`` on and before ``end`` that this engine has translated
+        code of, or -1. From any thread; what another thread learns may be old at once."""
+        return self._lib.next_code(self._state.uc, first, end)
+
+    def forget_code(self, maddr: int, size: int) -> None:
+        """Forget translated code of a range of machine memory now. Outside of :meth:`run` or in a trap handler, by
+        the engine's thread; raises InternalError while another thread runs it."""
+        if self._running and threading.get_ident() != self._thread:
+            raise InternalError("forget_code of a CPU that another thread runs")
+        self._lib.tb_invalidate_range(self._handle, maddr, maddr + size)
 
     def _forget_posted(self) -> None:
         with self._posting:
