@@ -90,7 +90,8 @@ class Host:
     folder of the user's own (mode 0700) for sockets and logs; without one, a temporary folder is made and removed.
     ``pv_mode`` (``exact`` or ``fast``) is what domains get that do not say.  ``engine`` is ``"unicorn"`` or a
     function that
-    makes a CPU; ``clock`` is the machine's (a virtual one in tests).
+    makes a CPU; ``clock`` is the machine's (a virtual one in tests).  The first ``max_engines`` of the CPUs (default:
+    as many as this computer has, at least 4) execute guests in parallel, the others are only modelled.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Host:
         engine: str | EngineFactory = "unicorn",
         *,
         clock: Clock | None = None,
+        max_engines: int | None = None,
         minimum_life_s: float | None = None,
         verbose: bool = False,
     ) -> None:
@@ -115,6 +117,7 @@ class Host:
         self._engine: EngineFactory = unicorn_engine if isinstance(engine, str) else engine
         self._engine_name = engine if isinstance(engine, str) else getattr(engine, "__name__", "engine")
         self.pv_mode = pv_mode or "exact"
+        self._max_engines = max_engines if max_engines is not None else max(4, os.cpu_count() or 1)
         self._clock = clock
         self._wanted_rundir = None if rundir is None else Path(rundir)
         self._minimum_life_s = minimum_life_s
@@ -169,12 +172,15 @@ class Host:
         self.started_unix = self._now_unix()
         self.memory = Memory(self.memory_bytes, self.topology.nodes)
         stack.callback(self.memory.close)
-        # One engine executes all vCPUs; the topology says what machine they see (SUPPORT.md).
-        engine = self._engine(self.memory, self.clock, 0)
+        engines: list[Cpu] = []
         try:
-            self.hypervisor = Hypervisor(self.memory, self.clock, self.topology, [engine], verbose=self._verbose)
+            # The first pCPUs have an engine each, which is a thread; those beyond are modelled (SUPPORT.md).
+            for index in range(min(self.topology.nr_cpus, self._max_engines)):
+                engines.append(self._engine(self.memory, self.clock, index))
+            self.hypervisor = Hypervisor(self.memory, self.clock, self.topology, engines, verbose=self._verbose)
         except BaseException:
-            engine.close()
+            for engine in engines:
+                engine.close()
             raise
         stack.callback(self.hypervisor.stop)
         self.hypervisor.start()

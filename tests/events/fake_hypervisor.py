@@ -7,12 +7,15 @@ from __future__ import annotations
 import errno
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyxen.abi.xen import DOMID_SELF, DomId, VcpuId
 from pyxen.errors import GuestAccessError, XenError
 from pyxen.hypervisor.domain import Domain
 from pyxen.hypervisor.event_channel import EventChannels
+from pyxen.hypervisor.rendezvous import Rendezvous
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
 
 PAGE = 4096
@@ -46,19 +49,29 @@ class FakeScheduler:
 
     def __init__(self) -> None:
         self.woken: list[Vcpu] = []
-        self.pauses: list[Domain] = []
+        self.yields: list[tuple[Vcpu, Vcpu]] = []
 
     def vcpu_unblock(self, vcpu: Vcpu) -> None:
         vcpu.pause_flags &= ~(PauseFlag.BLOCKED | PauseFlag.POLLING)
         vcpu.poll_port = 0
         self.woken.append(vcpu)
 
-    def domain_pause(self, domain: Domain) -> None:
-        domain.pause_count += 1
-        self.pauses.append(domain)
+    def vcpu_yield_to(self, vcpu: Vcpu, target: Vcpu) -> None:
+        self.yields.append((vcpu, target))
 
-    def domain_unpause(self, domain: Domain) -> None:
-        domain.pause_count -= 1
+
+class RecordingRendezvous(Rendezvous):
+    """Remembers who was held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[Domain] = []
+
+    @contextmanager
+    def holding(self, domain: Domain) -> Iterator[None]:
+        self.held.append(domain)
+        with super().holding(domain):
+            yield
 
 
 class FakeCpu:
@@ -180,6 +193,7 @@ class FakeHypervisor:
     def __init__(self, *, dom0_vcpus: int = 0) -> None:
         self.memory = FakeMemory()
         self.scheduler = FakeScheduler()
+        self.rendezvous = RecordingRendezvous()
         self.xsm = FakeXsm()
         self.log = FakeLog()
         self.frames = FakeFrames(self)

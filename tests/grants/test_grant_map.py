@@ -323,25 +323,24 @@ def test_a_backend_maps_all_or_none(grants: Grants) -> None:
     assert idle(grants)
 
 
-def test_a_backend_pauses_the_granter_while_it_changes_status_bits(grants: Grants) -> None:
+def test_a_backend_holds_the_granter_while_it_changes_status_bits(grants: Grants) -> None:
     grants.grant(grants.one, 8, 40, grants.host.dom0)
-    pauses = grants.host.scheduler.pauses
 
     def io() -> None:
         (mapping,) = map_for_backend(grants.host.dom0, grants.one, [8], readonly=False)
         mapping.unmap()
 
     elsewhere(io)
-    assert pauses == [grants.one, grants.one]
-    assert grants.one.pause_count == 0
+    assert grants.host.rendezvous.held == [grants.one, grants.one]
+    assert grants.one.held == 0
     assert idle(grants)
 
 
-def test_guests_on_the_same_engine_pause_nobody(grants: Grants) -> None:
+def test_guests_on_the_same_engine_hold_nobody(grants: Grants) -> None:
     grants.grant(grants.one, 8, 40, grants.two)
     _, handle, _ = grants.map(grants.two, grants.one, 8)
     grants.unmap(grants.two, handle)
-    assert not grants.host.scheduler.pauses
+    assert not grants.host.rendezvous.held
 
 
 def test_dom0s_software_has_no_ptes(grants: Grants) -> None:

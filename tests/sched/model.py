@@ -14,6 +14,7 @@ from typing import Any
 from pyxen.abi.xen import DomId, VcpuId
 from pyxen.errors import GuestAccessError, XenError
 from pyxen.hypervisor.domain import Domain
+from pyxen.hypervisor.rendezvous import Rendezvous
 from pyxen.hypervisor.sched.credit import CreditScheduler
 from pyxen.hypervisor.schedule import Schedule
 from pyxen.hypervisor.timer import TimerQueue
@@ -131,6 +132,15 @@ class Pv:
             self.before(cpu)
 
 
+class Frames:
+    """Nobody's code is anywhere."""
+
+    nr_frames = 256
+
+    def next_owned(self, domid: int, start: int, stop: int | None = None) -> int:
+        return -1
+
+
 class Xsm:
     def __init__(self) -> None:
         self.refuse = False
@@ -153,6 +163,8 @@ class Hypervisor:
         self.crashes: list[tuple[int, str]] = []
         self.credit = scheduler or CreditScheduler()
         self.scheduler = Schedule(self, self.credit)  # type: ignore[arg-type]
+        self.rendezvous = Rendezvous()
+        self.frames = Frames()
 
     def send_global_virq(self, virq: int) -> None:
         self.global_virqs.append(virq)
@@ -208,6 +220,7 @@ class ModelPcpu:
         self.latency: dict[Vcpu, list[int]] = {}
         self.woken_at: dict[Vcpu, int] = {}
         self.switches = 0
+        self.idle_ns = 0
         self.kicks = 0
         hypervisor.scheduler.add_cpu(self)
 
@@ -220,6 +233,13 @@ class ModelPcpu:
     def wait_descheduled(self, vcpu: Vcpu) -> None:
         if self.resched:
             self.reschedule()
+
+    def release_domain(self, domain: Domain) -> None:
+        assert self.current is None or self.current.domain is not domain
+
+    @property
+    def thread_ident(self) -> int | None:
+        return self.index
 
     def load(self, domain: Domain, work: Callable[[], Iterator[tuple[int, int]]]) -> None:
         """Give each vCPU of ``domain`` a workload: pairs (run ns, then block ns)."""
@@ -236,6 +256,7 @@ class ModelPcpu:
             if self.current is not None:
                 scheduler.context_saved(self.current)
             self.current = chosen
+        scheduler.hand_over(self.index)
         if chosen is not None and chosen in self.woken_at:
             self.latency.setdefault(chosen, []).append(self.hypervisor.clock.now_ns() - self.woken_at.pop(chosen))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.event_channel import EventChannels
     from pyxen.hypervisor.grant_table import GrantTable
     from pyxen.hypervisor.hypervisor import Hypervisor
+    from pyxen.hypervisor.rendezvous import Inside
     from pyxen.hypervisor.timer import Timer
     from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.hypervisor.x86.pv.domain import PvDomain
@@ -95,6 +96,16 @@ class Domain:
         self.time_offset_s = 0
         """XEN_DOMCTL_settimeoffset: added to the wall clock."""
         self.cpupool = 0
+        self.home = -1
+        """Index of the engine that executes its vCPUs (see :mod:`~pyxen.hypervisor.schedule`); -1 before it has any.
+        Changed by the home's own thread only, after evtchn.home_thread."""
+        self.leaving = -1
+        """The engine it is being handed over to; -1 when it stays. Under the run queue lock of its home."""
+        self.home_since_ns = 0
+        self.inside: Inside | None = None
+        """The pCPU that is executing its code. ``inside`` and ``held`` are under the rendezvous' lock."""
+        self.held = 0
+        """How many threads keep its code from running for a moment (see :mod:`~pyxen.hypervisor.rendezvous`)."""
         # Counters
         self.hypercall_counts = [0] * 64
         self.counters: dict[str, int] = {}

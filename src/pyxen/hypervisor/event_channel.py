@@ -332,8 +332,9 @@ class EventChannels:
 
     # --- events -----------------------------------------------------------------------------------
 
-    def send(self, port: int) -> None:
-        """EVTCHNOP_send: notify the other end of ``port``. An unbound port swallows it.
+    def send(self, port: int, current: Vcpu | None = None) -> None:
+        """EVTCHNOP_send: notify the other end of ``port``; ``current`` is the vCPU that asks, if one does. An unbound
+        port swallows it.
 
         Raises XenError: EINVAL for a port that is not interdomain, IPI or unbound, or that Xen attached; EPERM.
         """
@@ -356,6 +357,14 @@ class EventChannels:
             consumed = target._set_pending(peer)
         if consumed:
             target._consume(peer)
+        elif chn.state is State.IPI and current is not None:
+            self._yield_to(current, chn.notify_vcpu_id)
+
+    def _yield_to(self, current: Vcpu, vcpu_id: int) -> None:
+        """The sender of an IPI may wait for what it asked another vCPU to do, on the same engine."""
+        vcpus = self.domain.vcpus
+        if vcpu_id < len(vcpus) and vcpu_id != current.vcpu_id:
+            self.domain.hypervisor.scheduler.vcpu_yield_to(current, vcpus[vcpu_id])
 
     def _set_pending(self, chn: Channel) -> bool:
         """evtchn_port_set_pending(), on any thread; True when a consumer is to be called (without locks)."""

@@ -32,7 +32,7 @@ def do_event_channel_op(caller: Caller, cmd: int, arg: int) -> int:
     evtchn = domain.evtchn
     match cmd:
         case EvtchnCmd.SEND:
-            evtchn.send(abi.PORT.unpack(caller.read(arg, abi.PORT.size))[0])
+            evtchn.send(abi.PORT.unpack(caller.read(arg, abi.PORT.size))[0], caller.vcpu)
         case EvtchnCmd.UNMASK:
             evtchn.unmask(abi.PORT.unpack(caller.read(arg, abi.PORT.size))[0])
         case EvtchnCmd.CLOSE:

@@ -34,13 +34,14 @@ from pyxen.hypervisor.frames_types import (
     PGT_TYPE_MASK,
     PGT_VALIDATED,
     PGT_WRITABLE,
+    AfterFlush,
+    DomainFlush,
     References,
+    at_once,
 )
 from pyxen.hypervisor.x86.pv.validate import PageTables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pyxen.hypervisor.domain import Domain
     from pyxen.machine.memory import FrameAllocator, Memory
 
@@ -55,8 +56,10 @@ OWNER_SCAN: Final = 1 << 16
 class FrameTable(References):
     """All frames of the machine; see :class:`References` for ``domain_flush``."""
 
-    def __init__(self, memory: Memory, allocator: FrameAllocator, domain_flush: Callable[[Domain], None]) -> None:
-        super().__init__(memory, allocator, MachineToPhys(memory, allocator), domain_flush)
+    def __init__(
+        self, memory: Memory, allocator: FrameAllocator, domain_flush: DomainFlush, after_flush: AfterFlush = at_once
+    ) -> None:
+        super().__init__(memory, allocator, MachineToPhys(memory, allocator), domain_flush, after_flush)
         self.tables = self.validator = PageTables(self)
         for mfn in self.m2p.frames:
             self._share(mfn, DOMID_XEN, readonly=True)

@@ -89,6 +89,17 @@ def budget_from_now(budget_ns: int) -> int:
     return _now() + budget_ns
 
 
+DomainFlush = Callable[["Domain"], "bool | None"]
+"""Drop all translations of a domain; False: an engine elsewhere will, in a moment."""
+AfterFlush = Callable[["list[Domain]", Callable[[], None]], None]
+"""Call a function when those moments have passed."""
+
+
+def at_once(_domains: list[Domain], function: Callable[[], None]) -> None:
+    """The :data:`AfterFlush` of a machine whose domains are never executed by another thread."""
+    function()
+
+
 class Validator(Protocol):
     """What knows the contents of typed pages: :class:`pyxen.hypervisor.x86.pv.validate.PageTables`."""
 
@@ -105,11 +116,17 @@ class References:
     """Counts and types of all frames of the machine.
 
     ``domain_flush(domain)`` drops every translation of a domain, in its vCPUs' caches and in engines.  It is called
-    with :attr:`lock` held: it must not wait for anyone who may want that lock.
+    with :attr:`lock` held: it must not wait for anyone who may want that lock, and says when it would have to. Frames
+    that were freed then go back to the allocator through ``after_flush``.
     """
 
     def __init__(
-        self, memory: Memory, allocator: FrameAllocator, m2p: MachineToPhys, domain_flush: Callable[[Domain], None]
+        self,
+        memory: Memory,
+        allocator: FrameAllocator,
+        m2p: MachineToPhys,
+        domain_flush: DomainFlush,
+        after_flush: AfterFlush,
     ) -> None:
         self.memory = memory
         self.allocator = allocator
@@ -139,6 +156,9 @@ class References:
         self.xenheap_pages: dict[int, int] = {}
         self.validator: Validator
         self._domain_flush = domain_flush
+        self._after_flush = after_flush
+        self._unflushed: list[Domain] = []
+        """Domains told to flush that may go on executing for a moment, on another thread."""
         self._doomed: list[int] = []
         self._stale: set[int] = set()
         self.m2p = m2p
@@ -160,21 +180,28 @@ class References:
         without the lock, which takes milliseconds for many.
         """
         doomed: list[int] = []
+        unflushed: list[Domain] = []
         try:
             if self._stale:
                 self._flush_stale()
-            if self._doomed and not self.lock.nested():
-                doomed, self._doomed = self._doomed, []
+            if not self.lock.nested():
+                if self._doomed:
+                    doomed, self._doomed = self._doomed, []
+                    unflushed = self._unflushed
+                self._unflushed = []
         finally:
             self.lock.release()
-        if doomed:
+        if unflushed:
+            self._after_flush(unflushed, lambda: self._give_back(doomed))
+        elif doomed:
             self._give_back(doomed)
 
     # --- TLB -------------------------------------------------------------------------------------
 
     def flush(self, domain: Domain) -> None:
         """Flush all of a domain's translations now. Lock held."""
-        self._domain_flush(domain)
+        if self._domain_flush(domain) is False:
+            self._unflushed.append(domain)
         self.flushed(domain)
 
     def flushed(self, domain: Domain) -> None:

@@ -9,8 +9,8 @@ handle for each mapping it holds.  What maps and unmaps is :mod:`pyxen.hyperviso
 **Status bits.**  GTF_reading and GTF_writing live in the entry's flags word, which the granter changes with a locked
 cmpxchg; a read-modify-write from Python would race with it, unless no code of the granter runs meanwhile.  So whatever
 touches entries does it inside :func:`stopped`: nothing to do on the thread of the granter's engine, where hypercalls
-of guests on that engine are handled; any other thread (dom0's software) pauses the granter for the few microseconds,
-and must hold no lock that a trap handler takes.
+of guests on that engine are handled; any other thread (another engine's, dom0's software) holds the granter for the few
+microseconds (:mod:`pyxen.hypervisor.rendezvous`), and must hold no lock that a trap handler takes.
 
 Locks: ``GrantTable.lock`` guards shared frames and active entries of its domain; it comes before the frame table's.
 Two tables are never locked at once: the maptrack is used by its own domain only, through single atomic operations.
@@ -304,9 +304,5 @@ def stopped(granter: Domain) -> Iterator[None]:
     if granter.evtchn.home_thread == threading.get_ident():
         yield
         return
-    scheduler = granter.hypervisor.scheduler
-    scheduler.domain_pause(granter)
-    try:
+    with granter.hypervisor.rendezvous.holding(granter):
         yield
-    finally:
-        scheduler.domain_unpause(granter)

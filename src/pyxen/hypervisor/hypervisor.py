@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pyxen.abi.xen import DOMID_FIRST_RESERVED, DOMID_IO, DOMID_SELF, DOMID_XEN, NR_HYPERCALLS, DomId, Virq
 from pyxen.errors import XenError
 from pyxen.hypervisor.conlog import ConsoleLog
+from pyxen.hypervisor.cpupool import CpuPools
 from pyxen.hypervisor.domain import Domain, Dying, ShutdownCode
 from pyxen.hypervisor.event_channel import EventChannels
 from pyxen.hypervisor.frames import FrameTable
@@ -17,6 +20,7 @@ from pyxen.hypervisor.grant_table import GrantTable
 from pyxen.hypervisor.hypercall_table import build_table
 from pyxen.hypervisor.lock import TicketLock
 from pyxen.hypervisor.pcpu import Pcpu
+from pyxen.hypervisor.rendezvous import Rendezvous
 from pyxen.hypervisor.schedule import Schedule
 from pyxen.hypervisor.trace import Trace
 from pyxen.hypervisor.version import COMPILE_DATE, COMPILER, EXTRA, MAJOR, MINOR
@@ -56,20 +60,24 @@ class Hypervisor:
         self.domains: dict[DomId, Domain] = {}
         self._next_domid = 1
         self.allocator = FrameAllocator(memory, first_mfn=16)
-        self.frames = FrameTable(memory, self.allocator, self.flush_domain)
+        self.frames = FrameTable(memory, self.allocator, self.flush_domain, self.after_flush)
         PageTables(self.frames)
         self.xen_slots = XenSlots(memory, self.allocator, self.frames.m2p.frames)
         self.global_virqs = GlobalVirqs(self)
         self.hypercalls = build_table()
         self.enosys_seen: set[tuple[int, int]] = set()
+        self.rendezvous = Rendezvous()
         self.scheduler = Schedule(self)
         self.pcpus = [Pcpu(self, engine) for engine in engines]
         for pcpu in self.pcpus:
             self.scheduler.add_cpu(pcpu)
+        self.scheduler.share_cpus(topology.nr_cpus)
+        self.cpupools = self.scheduler.cpupools = CpuPools(self, max(topology.nr_cpus, len(engines)))
         self.dom_xen = self._special(DOMID_XEN)
         self.dom_io = self._special(DOMID_IO)
         self.dom0 = self._special(DomId(0), privileged=True)
         self.domains[DomId(0)] = self.dom0
+        self.cpupools.admit(self.dom0)
         self.reserved_frames = memory.nr_frames - self.allocator.free_frames
         self.log.printk(f"Xen version {MAJOR}.{MINOR}{EXTRA} ({COMPILER}) {COMPILE_DATE}")
         self.log.printk(f"System RAM: {memory.size_bytes >> 20}MB ({memory.size_bytes >> 10}kB)")
@@ -126,10 +134,34 @@ class Hypervisor:
             raise XenError(errno.ESRCH)
         return found
 
-    def flush_domain(self, domain: Domain) -> None:
-        """Drop every cached translation of a domain before a frame of it is used otherwise."""
+    def flush_domain(self, domain: Domain) -> bool:
+        """Drop every cached translation of a domain before a frame of it is used otherwise.
+
+        False if an engine on another thread is executing it: it has been told, and flushes before it enters again or
+        returns from a trap handler, but may execute a few more instructions until then (see :meth:`after_flush`).
+        """
         for vcpu in domain.vcpus:
             vcpu.arch.flush_tlb()
+        return not self.rendezvous.is_inside_elsewhere(domain)
+
+    def after_flush(self, domains: list[Domain], function: Callable[[], None]) -> None:
+        """Call ``function`` once none of ``domains``, which :meth:`flush_domain` has just told, can use an old
+        translation any more: on a pCPU's thread, outside of guests and trap handlers."""
+        waiting = {domain.home for domain in domains if 0 <= domain.home < len(self.pcpus)}
+        if not waiting:
+            function()
+            return
+        lock = threading.Lock()
+
+        def arrived(index: int) -> None:
+            with lock:
+                waiting.discard(index)
+                last = not waiting
+            if last:
+                function()
+
+        for index in sorted(waiting):
+            self.pcpus[index].post(partial(arrived, index))
 
     def crash(self, domain: Domain, reason: str, rip: int | None = None) -> None:
         """domain_crash: the domain shuts down with SHUTDOWN_crash, the log says why; nobody else notices.
@@ -185,6 +217,9 @@ class Hypervisor:
             del self.domains[domain.domid]
             self.frames.forget(domain)
         self.log.forget(domain.domid)
+        for pcpu in self.pcpus:
+            pcpu.code.forget(domain)
+        self.cpupools.remove_domain(domain)
         self.enosys_seen = {key for key in self.enosys_seen.copy() if key[0] != domain.domid}
         self.log.printk(f"d{domain.domid} destroyed", debug=True)
         self.send_global_virq(Virq.DOM_EXC)

@@ -52,6 +52,7 @@ def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: P
         hypervisor.frames.forget(domain)
         raise
     hypervisor.frames.domains[domid] = domain
+    hypervisor.cpupools.admit(domain)
     hypervisor.scheduler.domain_init(domain)
     update_domain_wallclock(domain)
     with hypervisor.domain_list:

@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from pyxen.errors import GuestFault, HostError, InternalError
+from pyxen.hypervisor.code_pages import CodePages
 from pyxen.hypervisor.runstate import update_runstate_area
 from pyxen.hypervisor.time import vcpu_periodic_timer_work
 from pyxen.hypervisor.timer import TimerQueue
@@ -79,9 +80,19 @@ class Pcpu:
         """Inside Cpu.run(). Of this thread only: true in trap handlers."""
         self._resched = False
         self._current: Vcpu | None = None
+        self.code = CodePages(cpu)
         self.clock.subscribe(self.kick)
 
     # --- asking, from any thread -----------------------------------------------------------------------
+
+    @property
+    def thread_ident(self) -> int | None:
+        """:attr:`ident`, as the scheduler asks for it."""
+        return self.ident
+
+    def leave_guest(self) -> None:
+        """See :class:`~pyxen.hypervisor.rendezvous.Inside`."""
+        self.cpu.kick()
 
     @property
     def on_thread(self) -> bool:
@@ -242,6 +253,7 @@ class Pcpu:
         if self._resched:
             self._resched = False
             self._reschedule()
+            self.scheduler.hand_over(self.index)
         if self._waiters:
             self._serve_waiters()
         vcpu = self._current
@@ -262,7 +274,10 @@ class Pcpu:
             previous.cpu = None
             self.scheduler.context_saved(previous)
         if vcpu is not None:
-            vcpu.domain.evtchn.home_thread = _ident()
+            domain = vcpu.domain
+            if domain.evtchn.home_thread != self.ident:
+                domain.evtchn.home_thread = self.ident  # its first home, whose thread may not have run before
+            self.code.enter(domain, self.hypervisor.frames)
             # Set before posted events are applied (before_entry): see event_channel on who kicks whom.
             vcpu.cpu = self.cpu
             self.cpu.traps = vcpu.arch.traps
@@ -279,6 +294,8 @@ class Pcpu:
             if self._poked or self._resched:
                 return
             self._in_guest = True
+        rendezvous = self.hypervisor.rendezvous
+        rendezvous.enter(vcpu.domain, self)
         try:
             if cpu.loaded is not context:
                 cpu.load(context)
@@ -303,6 +320,7 @@ class Pcpu:
             self._report(error)
             self._crash(vcpu.domain, f"internal error: {error!r}")
         finally:
+            rendezvous.leave(vcpu.domain)
             self._in_guest = False
 
     def _idle(self) -> None:
@@ -315,6 +333,13 @@ class Pcpu:
             if not (self._poked or self._resched):
                 self._condition.wait(None if left is None else min(left / 1e9, _LONGEST_SLEEP_S))
         self.idle_ns += self.clock.now_ns() - begin
+
+    def release_domain(self, domain: Domain) -> None:
+        """``domain`` goes to another engine: save what is loaded of it, and remember what its code looks like."""
+        loaded = self.cpu.loaded
+        if loaded is not None and any(vcpu.context is loaded for vcpu in domain.vcpus):
+            self.cpu.unload()
+        self.code.leave(domain, self.hypervisor.frames)
 
     # --- contexts ----------------------------------------------------------------------------------------
 

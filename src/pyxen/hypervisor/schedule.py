@@ -10,9 +10,17 @@ second, and decides under it by what the flags say *then*. So the last of severa
 the run queue ends in the state of the flags. A vCPU that blocks sets BLOCKED, then looks for events; a sender makes
 the event pending, then clears BLOCKED: both take ``pause_lock``, so one of the two sees the other.
 
-Lock order: ... -> event lock -> run queue's lock (one at a time) -> scheduler's own leaf locks, timers, pCPU's
-condition. ``Vcpu.pause_lock`` and ``Domain.pause_lock`` are leaves. With a run queue's lock held nobody calls an
-engine, a timer callback or an event channel: pCPUs to be poked are collected and poked after it.
+**Homes.** A pCPU with an engine of its own has a run queue; a modelled one beyond (``--cpus 128``) shares another's. An
+engine's translated code and its locked instructions know nothing of other engines, so a domain is executed by one
+engine at a time, its *home*, where all its vCPUs wait as far as their affinity allows. Homes change like this: whoever
+wants the domain (a pCPU with nothing better to do, or one that finds a vCPU pinned to it waiting) *claims* it;
+the home's own thread, in :meth:`Schedule.schedule`, marks it ``leaving`` when it is not executing it (or has had it for
+:data:`HOME_TURN_NS`), and hands it over in :meth:`Schedule.hand_over` after it has switched away. So on the home's
+thread "this domain is at home here" stays true for the length of a trap handler, without a lock.
+
+Lock order: ... -> event lock -> run queue's lock (two only to move a vCPU, lower pCPU first) -> scheduler's own leaf
+locks, timers, pCPU's condition. ``Vcpu.pause_lock`` and ``Domain.pause_lock`` are leaves. With a run queue's lock held
+nobody calls an engine, a timer callback or an event channel: pCPUs to be poked are collected and poked after it.
 
 The ``_sync`` functions wait for the vCPU's pCPU. They must not be called with a lock that a trap handler takes, nor
 by a pCPU's thread about the vCPU it is executing.
@@ -20,6 +28,7 @@ by a pCPU's thread about the vCPU it is executing.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol
@@ -35,7 +44,7 @@ from pyxen.abi.sched import (
     TRC_SCHED_YIELD,
 )
 from pyxen.abi.xen import Virq
-from pyxen.errors import InternalError
+from pyxen.errors import InternalError, XenError
 from pyxen.hypervisor.lock import TicketLock
 from pyxen.hypervisor.runstate import runstate_change, runstate_snapshot
 from pyxen.hypervisor.sched.credit import CreditScheduler
@@ -46,6 +55,7 @@ from pyxen.hypervisor.timer import Timer, TimerQueue
 from pyxen.hypervisor.vcpu import PauseFlag, RunState
 
 if TYPE_CHECKING:
+    from pyxen.hypervisor.cpupool import CpuPools
     from pyxen.hypervisor.domain import Domain
     from pyxen.hypervisor.hypervisor import Hypervisor
     from pyxen.hypervisor.sched.base import Scheduler
@@ -56,6 +66,8 @@ VPF_DOWN: Final = int(PauseFlag.DOWN)
 VPF_POLLING: Final = int(PauseFlag.POLLING)
 _WAITING: Final = VPF_BLOCKED | VPF_POLLING
 
+HOME_TURN_NS: Final = 5_000_000
+"""How long a domain stays where it is being executed, although another pCPU claims it."""
 PV_TICK_NS: Final = 10_000_000
 """PV guests start with a 100 Hz periodic timer (vcpu_initialise in xen/arch/x86/domain.c)."""
 
@@ -88,11 +100,25 @@ class SchedulablePcpu(Protocol):
         """
         ...
 
+    def release_domain(self, domain: Domain) -> None:
+        """``domain`` is about to leave: save what is loaded of it. On the pCPU's thread, which does not execute it."""
+        ...
+
+    @property
+    def thread_ident(self) -> int | None:
+        """threading.get_ident() of its thread; None before it runs."""
+        ...
+
+    @property
+    def idle_ns(self) -> int:
+        """Time spent with nothing to run, so far."""
+        ...
+
 
 class _ScheduleData:
     """``struct schedule_data``: one pCPU."""
 
-    __slots__ = ("current", "index", "lock", "pcpu", "slice_timer", "switches")
+    __slots__ = ("claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_timer", "switches")
 
     def __init__(self, pcpu: SchedulablePcpu) -> None:
         self.pcpu = pcpu
@@ -100,7 +126,13 @@ class _ScheduleData:
         self.lock = TicketLock(f"run queue of pCPU {pcpu.index}")
         self.current: Vcpu | None = None
         self.slice_timer = Timer(lambda _now: pcpu.request_resched())
+        self.retry_timer = Timer(lambda _now: pcpu.request_resched())
+        """When to look for other pCPUs' work again."""
         self.switches = 0
+        self.claims: dict[Domain, int] = {}
+        """Domains at home here that another pCPU wants. Changed by single atomic operations, any thread."""
+        self.leaving: list[Domain] = []
+        """Domains to be handed over by this pCPU's thread."""
 
 
 class _Held:
@@ -126,6 +158,8 @@ class Schedule:
         self.ops: Scheduler = scheduler if scheduler is not None else CreditScheduler()
         self.now_ns = hypervisor.clock.now_ns
         self._cpus: dict[int, _ScheduleData] = {}
+        self._queues: list[_ScheduleData] = []
+        self.cpupools: CpuPools | None = None
         self.ops.attach(self)
 
     # --- for the policy (SchedulerHost) --------------------------------------------------------------
@@ -155,16 +189,164 @@ class Schedule:
         while True:
             data = self._cpus[vcpu.processor]
             data.lock.acquire()
-            if vcpu.processor == data.index:
+            if self._cpus[vcpu.processor] is data:
                 return data
             data.lock.release()  # it moved while we waited
+
+    def may_run(self, domain: Domain, cpu: int) -> bool:
+        """Whether ``domain`` is at home on ``cpu``'s engine, and not about to leave it."""
+        return domain.home == self._cpus[cpu].index and domain.leaving < 0
+
+    def allowed(self, vcpu: Vcpu) -> Sequence[int]:
+        """The pCPUs that ``vcpu`` may be assigned to: its hard affinity within its domain's cpupool. Never empty: a
+        pool that lost the last of them counts as a whole, as in Xen."""
+        cpus = self._pool_cpus(vcpu.domain.cpupool)
+        hard = vcpu.hard_affinity
+        if hard is None:
+            return cpus
+        return [cpu for cpu in cpus if cpu in hard] or cpus
+
+    def allowed_on(self, vcpu: Vcpu, cpu: int) -> bool:
+        """Whether one of the pCPUs it is allowed on has the engine of ``cpu``."""
+        data = self._cpus[cpu]
+        if vcpu.hard_affinity is None and self.cpupools is None:
+            return True
+        return any(self._cpus[allowed] is data for allowed in self.allowed(vcpu))
+
+    def capacity(self, poolid: int) -> float:
+        """Engines of a cpupool: one that modelled pCPUs of several pools share counts in part."""
+        cpus = self._pool_cpus(poolid)
+        total = 0.0
+        for data in self._queues:
+            sharing = sum(1 for other in self._cpus.values() if other is data)
+            total += sum(1 for cpu in cpus if self._cpus[cpu] is data) / sharing
+        return max(total, 1 / len(self._cpus))
+
+    def _pool_cpus(self, poolid: int) -> Sequence[int]:
+        if self.cpupools is None:
+            return list(self._cpus)
+        return self.cpupools.cpus_of(poolid) or list(self._cpus)
+
+    # --- placing ---------------------------------------------------------------------------------------
+
+    def _pick_cpu(self, vcpu: Vcpu) -> int:
+        """Where ``vcpu`` should wait: at home if it may, else where the least waits; there on the pCPU that its soft
+        affinity prefers and that has the fewest of its domain's vCPUs."""
+        allowed = self.allowed(vcpu)
+        home = vcpu.domain.home
+        there = [cpu for cpu in allowed if self._cpus[cpu].index == home]
+        soft = vcpu.soft_affinity
+        if not there:
+            preferred = [cpu for cpu in allowed if soft is None or cpu in soft] or allowed
+            least = min(preferred, key=lambda cpu: (self._homes(self._cpus[cpu]), self.ops.load(cpu), cpu))
+            there = [cpu for cpu in allowed if self._cpus[cpu] is self._cpus[least]]
+        preferred = [cpu for cpu in there if soft is None or cpu in soft] or there
+        placed = [other for other in vcpu.domain.vcpus if other is not vcpu and other.sched_data is not None]
+        siblings = [other.processor for other in placed]
+        return min(preferred, key=lambda cpu: (siblings.count(cpu), cpu))
+
+    def _homes(self, data: _ScheduleData) -> int:
+        return sum(domain.home == data.index for domain in self.hypervisor.domains.copy().values())
+
+    def vcpu_set_affinity(self, vcpu: Vcpu, hard: frozenset[int] | None, soft: frozenset[int] | None) -> None:
+        """vcpu_set_affinity(): ``hard`` is where it may run, ``soft`` where it had best; None: anywhere.
+
+        XenError(EINVAL) when the domain's cpupool has none of ``hard``. Waits for the vCPU to be off its pCPU: not from
+        a trap handler.
+        """
+        if hard is not None and not hard.intersection(self._pool_cpus(vcpu.domain.cpupool)):
+            raise XenError(errno.EINVAL)
+        vcpu.hard_affinity = hard
+        vcpu.soft_affinity = soft
+        self.replace(vcpu)
+
+    def replace(self, vcpu: Vcpu) -> None:
+        """Where ``vcpu`` may run has changed: move it, if it may not, or had better not, stay where it is."""
+        if vcpu.sched_data is None:
+            return
+        cpu = self._pick_cpu(vcpu)
+        soft = vcpu.soft_affinity
+        stays = vcpu.processor in self.allowed(vcpu) and (soft is None or vcpu.processor in soft or cpu not in soft)
+        if stays:
+            return
+        self.vcpu_pause(vcpu)
+        try:
+            self._migrate(vcpu, cpu)
+        finally:
+            self.vcpu_unpause(vcpu)
+        self.tickle((cpu,))
+
+    def _migrate(self, vcpu: Vcpu, cpu: int) -> None:
+        while True:
+            old, new = self._cpus[vcpu.processor], self._cpus[cpu]
+            first, second = (old, new) if old.index <= new.index else (new, old)
+            with first.lock, second.lock:
+                if self._cpus[vcpu.processor] is not old:
+                    continue  # it moved while we waited
+                if vcpu.sched_data is not None:
+                    self.ops.migrate(vcpu, cpu)
+                return
+
+    def hand_over(self, cpu: int) -> None:
+        """After a switch: let go of the domains that :meth:`schedule` chose to. On the pCPU's thread."""
+        data = self._cpus[cpu]
+        leaving, data.leaving = data.leaving, []
+        for domain in leaving:
+            data.pcpu.release_domain(domain)
+            target = self._cpus[domain.leaving]
+            for vcpu in domain.vcpus:
+                if self._cpus[vcpu.processor] is not target and self.allowed_on(vcpu, target.index):
+                    allowed = [cpu for cpu in self.allowed(vcpu) if self._cpus[cpu] is target]
+                    siblings = [other.processor for other in domain.vcpus if other is not vcpu]
+                    self._migrate(vcpu, min(allowed, key=lambda cpu: (siblings.count(cpu), cpu)))
+            domain.home_since_ns = self.now_ns()
+            # From here on the other thread may touch the domain: the last two stores of this one.
+            domain.evtchn.home_thread = target.pcpu.thread_ident
+            domain.home, domain.leaving = target.index, -1
+            target.pcpu.request_resched()
+
+    def _claim(self, domain: Domain, cpu: int) -> None:
+        """Ask ``domain``'s home to hand it over to ``cpu``. Without locks."""
+        home = self._cpus.get(domain.home)
+        if home is not None and home.index != cpu and domain.leaving < 0:
+            home.claims[domain] = cpu
+            home.pcpu.request_resched()
+
+    def _answer_claims(self, data: _ScheduleData, now: int) -> int | None:
+        """Mark what may leave; when to look again for what may not yet. Run queue lock held."""
+        again: int | None = None
+        executing = data.current.domain if data.current is not None and data.current.runnable else None
+        for domain, wanting in list(data.claims.items()):
+            until = domain.home_since_ns + HOME_TURN_NS
+            if domain is executing and now < until:
+                again = until if again is None else min(again, until)
+                continue
+            data.claims.pop(domain, None)
+            if domain.home == data.index and domain.leaving < 0 and wanting != data.index:
+                domain.leaving = wanting
+                data.leaving.append(domain)
+        return again
+
+    def idle_time(self, cpu: int) -> int:
+        """How long pCPU ``cpu`` had nothing to run (ns). One that only shares another's run queue never does anything
+        of its own."""
+        data = self._cpus[cpu]
+        return data.pcpu.idle_ns if data.index == cpu else self.now_ns()
 
     # --- coming and going ------------------------------------------------------------------------------
 
     def add_cpu(self, pcpu: SchedulablePcpu) -> None:
         """A pCPU comes online. Before any vCPU is assigned to it."""
         self._cpus[pcpu.index] = _ScheduleData(pcpu)
+        self._queues.append(self._cpus[pcpu.index])
         self.ops.add_cpu(pcpu.index)
+
+    def share_cpus(self, nr_cpus: int) -> None:
+        """The machine has ``nr_cpus`` pCPUs in all: those that have no engine share the run queues of the others."""
+        engines = len(self._queues)
+        for cpu in range(engines, nr_cpus):
+            self._cpus[cpu] = self._queues[cpu % engines]
+            self.ops.share_cpu(cpu, self._queues[cpu % engines].index)
 
     def domain_init(self, domain: Domain) -> None:
         """sched_init_domain()."""
@@ -189,7 +371,9 @@ class Schedule:
         vcpu.poll_timer = Timer(lambda _now: self._poll_timer(vcpu))
         vcpu.periodic_period_ns = PV_TICK_NS
         vcpu.periodic_last_ns = vcpu.runstate_since_ns = self.now_ns()
-        vcpu.processor = self.ops.pick_cpu(vcpu)
+        vcpu.processor = self._pick_cpu(vcpu)
+        if vcpu.domain.home < 0:
+            vcpu.domain.home = self._cpus[vcpu.processor].index
         with self.vcpu_lock(vcpu):
             self.ops.add_vcpu(vcpu)
 
@@ -216,6 +400,7 @@ class Schedule:
     def vcpu_wake(self, vcpu: Vcpu) -> None:
         """Something that kept ``vcpu`` from running is gone. Any thread."""
         tickled: Sequence[int] = ()
+        contended = False
         data = self._lock_vcpu(vcpu)
         try:
             if vcpu.runnable:
@@ -224,6 +409,8 @@ class Schedule:
                     runstate_change(vcpu, _RUNNABLE, now)
                 if vcpu.sched_data is not None:
                     tickled = self.ops.wake(vcpu, now)
+                    current = data.current
+                    contended = current is not None and current.domain is not vcpu.domain
             elif vcpu.runstate == _BLOCKED and not vcpu.pause_flags & VPF_BLOCKED:
                 runstate_change(vcpu, _OFFLINE, self.now_ns())
         finally:
@@ -231,6 +418,15 @@ class Schedule:
         self._trace(TRC_SCHED_WAKE, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         if tickled:
             self.tickle(tickled)
+        if contended and len(self._queues) > 1:
+            self._tickle_idle(vcpu)
+
+    def _tickle_idle(self, vcpu: Vcpu) -> None:
+        """__runq_tickle(): somebody has to wait here, and an idle pCPU could do it."""
+        for data in self._queues:
+            if data.current is None and not data.retry_timer.active and self.allowed_on(vcpu, data.index):
+                data.pcpu.request_resched()
+                return
 
     def vcpu_sleep_nosync(self, vcpu: Vcpu) -> None:
         """Something keeps ``vcpu`` from running now; it may go on executing for a moment. Any thread."""
@@ -254,7 +450,10 @@ class Schedule:
         self._wait(vcpu)
 
     def _wait(self, vcpu: Vcpu) -> None:
-        self._cpus[vcpu.processor].pcpu.wait_descheduled(vcpu)
+        # A vCPU executes at home only, and one that is not runnable will not be executed anywhere else.
+        home = self._cpus.get(vcpu.domain.home)
+        if home is not None:
+            home.pcpu.wait_descheduled(vcpu)
 
     def set_pause_flag(self, vcpu: Vcpu, flag: int) -> bool:
         """test_and_set_bit on pause_flags: True if it was clear. The caller then calls :meth:`vcpu_sleep_nosync`."""
@@ -295,7 +494,7 @@ class Schedule:
     def wait_begun(self, vcpu: Vcpu) -> None:
         """Nothing was pending: give the pCPU to others when the trap handler returns."""
         self._trace(TRC_SCHED_BLOCK, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
-        self._cpus[vcpu.processor].pcpu.request_resched()
+        self._home(vcpu).request_resched()
 
     def vcpu_block(self, vcpu: Vcpu) -> None:
         """Block until an event can be delivered (SCHEDOP_block, HLT). On the pCPU's thread, for the vCPU it executes.
@@ -329,7 +528,10 @@ class Schedule:
         running = vcpu.is_running
         self.vcpu_unblock(vcpu)
         if running:
-            self._cpus[vcpu.processor].pcpu.kick()
+            self._home(vcpu).kick()
+
+    def _home(self, vcpu: Vcpu) -> SchedulablePcpu:
+        return self._cpus[vcpu.domain.home].pcpu
 
     def vcpu_yield(self, vcpu: Vcpu) -> None:
         """SCHEDOP_yield: let others run first. On the pCPU's thread, for the vCPU it executes."""
@@ -338,6 +540,17 @@ class Schedule:
         data.lock.release()
         self._trace(TRC_SCHED_YIELD, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         data.pcpu.request_resched()
+
+    def vcpu_yield_to(self, vcpu: Vcpu, target: Vcpu) -> None:
+        """``vcpu`` has sent ``target``, another vCPU of its domain, an interrupt that it may be waiting for: if that
+        waits for the same pCPU, let it have it. On the pCPU's thread, for the vCPU it executes."""
+        data = self._lock_vcpu(vcpu)
+        try:
+            yielded = data.current is vcpu and self.ops.yield_to_others(vcpu, target)
+        finally:
+            data.lock.release()
+        if yielded:
+            data.pcpu.request_resched()
 
     # --- pausing -----------------------------------------------------------------------------------------
 
@@ -432,7 +645,8 @@ class Schedule:
         with data.lock:
             now = self.now_ns()
             previous = data.current
-            vcpu, slice_ns = self.ops.do_schedule(cpu, previous, now)
+            recheck = self._answer_claims(data, now) if data.claims else None
+            vcpu, slice_ns, wanted = self.ops.do_schedule(cpu, previous, now)
             if vcpu is not previous:
                 if previous is not None:
                     if previous.pause_flags & VPF_BLOCKED:
@@ -445,6 +659,8 @@ class Schedule:
                     vcpu.is_running = True
                 data.current = vcpu
                 data.switches += 1
+        if recheck is not None:
+            slice_ns = recheck - now if slice_ns is None else min(slice_ns, recheck - now)
         if slice_ns is None:
             timers.stop(data.slice_timer)
         else:
@@ -456,7 +672,21 @@ class Schedule:
                 self.ops.busy(cpu)
             if vcpu is not None:
                 self._trace(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
+        for domain in wanted:
+            self._claim(domain, data.index)
+        if len(self._queues) > 1:
+            self._balance(data, now)
         return vcpu
+
+    def _balance(self, data: _ScheduleData, now: int) -> None:
+        """Ask for work of others, if this pCPU has little to do."""
+        work = self.ops.find_work(data.index, now)
+        if work is None:
+            data.pcpu.timers.stop(data.retry_timer)
+        elif isinstance(work, int):
+            data.pcpu.timers.set(data.retry_timer, work)
+        else:
+            self._claim(work, data.index)
 
     def context_saved(self, vcpu: Vcpu) -> None:
         """The pCPU executes ``vcpu`` no more."""
@@ -485,6 +715,8 @@ class Schedule:
         """Debug key 'r': run queues."""
         lines = [f"Scheduler: {self.ops.name}, now={self.now_ns()}"]
         for cpu, data in sorted(self._cpus.items()):
+            if cpu != data.index:
+                continue
             lines.append(f"CPU[{cpu:02d}] switches={data.switches} timers={len(data.pcpu.timers)}")
             with data.lock:
                 lines += self.ops.dump(cpu)

@@ -27,6 +27,8 @@ class Decision(NamedTuple):
 
     vcpu: Vcpu | None
     slice_ns: int | None
+    wanted: Sequence[Domain] = ()
+    """Domains whose vCPUs wait here but are at home on another pCPU: to be asked for."""
 
 
 class SchedulerHost(Protocol):
@@ -50,6 +52,18 @@ class SchedulerHost(Protocol):
 
     def timers(self, cpu: int) -> TimerQueue:
         """The timers of a pCPU."""
+        ...
+
+    def may_run(self, domain: Domain, cpu: int) -> bool:
+        """Whether ``domain`` is at home on the engine of ``cpu``, and not about to leave it. Under its queue's lock."""
+        ...
+
+    def allowed_on(self, vcpu: Vcpu, cpu: int) -> bool:
+        """Whether affinity and cpupool let ``vcpu`` run on the engine of ``cpu``."""
+        ...
+
+    def capacity(self, poolid: int) -> float:
+        """How many engines a cpupool has."""
         ...
 
     def tickle(self, cpus: Sequence[int]) -> None:
@@ -81,16 +95,32 @@ class Scheduler(Protocol):
         """alloc_pdata: a pCPU comes online."""
         ...
 
+    def share_cpu(self, cpu: int, with_cpu: int) -> None:
+        """A modelled pCPU comes online that shares the run queue of another."""
+        ...
+
+    def migrate(self, vcpu: Vcpu, cpu: int) -> None:
+        """Move a vCPU that nobody executes; sets ``vcpu.processor``. Both run queues' locks held."""
+        ...
+
+    def load(self, cpu: int) -> int:
+        """How much is assigned to a pCPU's run queue (vCPUs)."""
+        ...
+
+    def has_siblings(self, vcpu: Vcpu) -> bool:
+        """Whether another vCPU of its domain waits for the same pCPU. A hint; without locks."""
+        ...
+
+    def find_work(self, cpu: int, now_ns: int) -> Domain | int | None:
+        """For a pCPU that is idle or runs something unimportant: a domain to ask for, or when to look again (ns)."""
+        ...
+
     def add_domain(self, domain: Domain) -> None:
         """init_domain: sets ``domain.sched_data``."""
         ...
 
     def remove_domain(self, domain: Domain) -> None:
         """destroy_domain; its vCPUs are gone already."""
-        ...
-
-    def pick_cpu(self, vcpu: Vcpu) -> int:
-        """Where a vCPU should run, within its hard affinity."""
         ...
 
     def add_vcpu(self, vcpu: Vcpu) -> None:
@@ -109,8 +139,9 @@ class Scheduler(Protocol):
         """It is not runnable any more. Returns as :meth:`wake`. Locked."""
         ...
 
-    def yield_to_others(self, vcpu: Vcpu) -> None:
-        """SCHEDOP_yield by the running vCPU; a decision follows. Locked."""
+    def yield_to_others(self, vcpu: Vcpu, target: Vcpu | None = None) -> bool:
+        """SCHEDOP_yield by the running vCPU; a decision follows. With ``target``, another vCPU of the same domain that
+        should be next: False, and nothing happens, if that does not wait for this pCPU. Locked."""
         ...
 
     def do_schedule(self, cpu: int, current: Vcpu | None, now_ns: int) -> Decision:

@@ -17,6 +17,9 @@ Where this differs from Xen, and why:
   bottom of debt, where weights mean nothing.
 * Only a vCPU that does not want to run forfeits credit. Xen takes it also from one that has been waiting in the queue,
   so that a heavy domain beside several light ones got 45 % where its weight said 70.
+* A domain has the pCPU for a *turn*; its vCPUs rotate in it every 200 µs while several want to run, and at once when
+  one yields, polls or sends another an IPI. They all share one engine (see :mod:`~pyxen.hypervisor.schedule`), and a
+  guest whose spinlock's holder waits for 30 ms does nothing useful. Load balancing moves domains, not vCPUs.
 * Leftovers of domains that cannot use their share are divided among the rest by weight at once (Xen: by a carry from
   one domain to the next in list order).
 
@@ -52,6 +55,11 @@ DEFAULT_TSLICE_MS: Final = 30
 DEFAULT_RATELIMIT_US: Final = 1000
 TICKS_PER_TSLICE: Final = 3
 WEIGHT_MAX: Final = 65535
+ROTATE_NS: Final = 200_000
+"""How long one vCPU runs while others of its domain wait for the same pCPU: they may be waiting for each other."""
+MIGRATION_DELAY_NS: Final = 1_000_000
+"""How long a domain must have waited before another pCPU takes it: a move costs about as much (Xen:
+vcpu_migration_delay)."""
 
 # CSCHED_PRI_TS_*: also the index of the run queue's list, negated.
 BOOST: Final = 0
@@ -77,7 +85,9 @@ class _CreditDomain:
 class _CreditVcpu:
     """``struct csched_vcpu``."""
 
-    __slots__ = ("active", "credit_ns", "domain", "parked", "priority", "queued", "start_ns", "vcpu", "yielded")
+    __slots__ = (
+        "active", "credit_ns", "domain", "parked", "priority", "queued", "queued_ns", "start_ns", "vcpu", "yielded",
+    )
 
     def __init__(self, vcpu: Vcpu, domain: _CreditDomain) -> None:
         self.vcpu = vcpu
@@ -89,38 +99,59 @@ class _CreditVcpu:
         self.active = False
         self.parked = False
         self.queued = False
+        self.queued_ns = 0
+        """Since when it waits in the run queue."""
         self.yielded = False
 
 
 class _CreditCpu:
-    """``struct csched_pcpu``: the run queue, one first-in-first-out list for each priority."""
+    """``struct csched_pcpu``: a run queue, one first-in-first-out list for each priority, and whose turn it is.
 
-    __slots__ = ("nr_vcpus", "queues", "tick")
+    A *turn* is how long one domain has the pCPU (a time slice); in it its vCPUs rotate."""
+
+    __slots__ = ("directed", "nr_vcpus", "queues", "siblings", "tick", "turn", "turn_end_ns", "turn_start_ns")
 
     def __init__(self, tick: Callable[[int], None]) -> None:
         self.queues: tuple[OrderedDict[_CreditVcpu, None], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
+        self.siblings: dict[_CreditDomain, OrderedDict[_CreditVcpu, None]] = {}
+        """What is queued, by domain."""
         self.tick = Timer(tick)
         self.nr_vcpus = 0
+        self.turn: _CreditDomain | None = None
+        self.turn_start_ns = 0
+        self.turn_end_ns = 0
+        self.directed: _CreditVcpu | None = None
+        """Who is to run next within the turn (an IPI was sent to it)."""
 
-    def insert(self, svc: _CreditVcpu) -> None:
+    def insert(self, svc: _CreditVcpu, now_ns: int) -> None:
         """__runq_insert(): last of its priority."""
         svc.queued = True
+        svc.queued_ns = now_ns
         self.queues[-svc.priority][svc] = None
+        self.siblings.setdefault(svc.domain, OrderedDict())[svc] = None
 
     def remove(self, svc: _CreditVcpu) -> None:
         """__runq_remove()."""
         if svc.queued:
             svc.queued = False
             del self.queues[-svc.priority][svc]
+            same = self.siblings[svc.domain]
+            del same[svc]
+            if not same:
+                del self.siblings[svc.domain]
+            if self.directed is svc:
+                self.directed = None
 
-    def pop(self) -> _CreditVcpu | None:
-        """Take the first of the highest priority."""
-        for queue in self.queues:
-            if queue:
-                svc, _ = queue.popitem(last=False)
-                svc.queued = False
-                return svc
-        return None
+    def sibling(self, sdom: _CreditDomain) -> _CreditVcpu | None:
+        """The queued vCPU of ``sdom`` that runs next: the one an IPI went to, else the first of the highest
+        priority."""
+        if self.directed is not None and self.directed.domain is sdom:
+            return self.directed
+        best: _CreditVcpu | None = None
+        for svc in self.siblings.get(sdom, ()):
+            if best is None or svc.priority > best.priority:
+                best = svc
+        return best
 
 
 class _Claim(NamedTuple):
@@ -143,6 +174,8 @@ class CreditScheduler:
         self._host: SchedulerHost
         self._lock = threading.Lock()
         self._cpus: dict[int, _CreditCpu] = {}
+        self._queues: list[int] = []
+        """pCPUs with a run queue of their own; the others in ``_cpus`` share one of these."""
         self._active: dict[_CreditDomain, None] = {}
         self._accounting = Timer(self._account)
         self._last_account_ns = 0
@@ -197,8 +230,13 @@ class CreditScheduler:
         self._host = host
 
     def add_cpu(self, cpu: int) -> None:
-        """A pCPU comes online."""
+        """A pCPU with a run queue of its own comes online."""
         self._cpus[cpu] = _CreditCpu(lambda now: self._tick(cpu, now))
+        self._queues.append(cpu)
+
+    def share_cpu(self, cpu: int, with_cpu: int) -> None:
+        """A modelled pCPU comes online that has no engine: its vCPUs queue where those of ``with_cpu`` do."""
+        self._cpus[cpu] = self._cpus[with_cpu]
 
     def add_domain(self, domain: Domain) -> None:
         """csched_dom_init()."""
@@ -206,14 +244,14 @@ class CreditScheduler:
 
     def remove_domain(self, domain: Domain) -> None:
         """csched_dom_destroy()."""
+        sdom = _domain_data(domain)
         with self._lock:
-            self._active.pop(_domain_data(domain), None)
+            self._active.pop(sdom, None)
+        for cpu in self._queues:
+            with self._host.cpu_lock(cpu):
+                if self._cpus[cpu].turn is sdom:
+                    self._cpus[cpu].turn = None
         domain.sched_data = None
-
-    def pick_cpu(self, vcpu: Vcpu) -> int:
-        """The allowed pCPU with the fewest vCPUs."""
-        allowed = [cpu for cpu in self._cpus if vcpu.hard_affinity is None or cpu in vcpu.hard_affinity]
-        return min(allowed or self._cpus, key=lambda cpu: self._cpus[cpu].nr_vcpus)
 
     def add_vcpu(self, vcpu: Vcpu) -> None:
         """csched_vcpu_insert()."""
@@ -222,7 +260,7 @@ class CreditScheduler:
         cpu = self._cpus[vcpu.processor]
         cpu.nr_vcpus += 1
         if vcpu.runnable and not vcpu.is_running:
-            cpu.insert(svc)
+            cpu.insert(svc, self._host.now_ns())
 
     def remove_vcpu(self, vcpu: Vcpu) -> None:
         """csched_vcpu_remove()."""
@@ -232,6 +270,24 @@ class CreditScheduler:
         cpu.remove(svc)
         self._deactivate(svc)
         vcpu.sched_data = None
+
+    def migrate(self, vcpu: Vcpu, cpu: int) -> None:
+        """csched_vcpu_migrate: ``vcpu``, which nobody executes, is to wait for pCPU ``cpu`` from now on."""
+        svc = _vcpu_data(vcpu)
+        old, new = self._cpus[vcpu.processor], self._cpus[cpu]
+        vcpu.processor = cpu
+        if old is new:
+            return
+        old.nr_vcpus -= 1
+        new.nr_vcpus += 1
+        if svc.queued:
+            since = svc.queued_ns
+            old.remove(svc)
+            new.insert(svc, since)
+
+    def load(self, cpu: int) -> int:
+        """How many vCPUs are assigned to a pCPU's run queue."""
+        return self._cpus[cpu].nr_vcpus
 
     # --- waking and sleeping -------------------------------------------------------------------------
 
@@ -243,8 +299,8 @@ class CreditScheduler:
             return _NOBODY
         if svc.priority == UNDER and not svc.parked:
             svc.priority = BOOST
-        self._cpus[vcpu.processor].insert(svc)
-        if current is None or svc.priority > _vcpu_data(current).priority:
+        self._cpus[vcpu.processor].insert(svc, now_ns)
+        if current is None or current.domain is vcpu.domain or svc.priority > _vcpu_data(current).priority:
             return (vcpu.processor,)
         return _NOBODY
 
@@ -255,35 +311,134 @@ class CreditScheduler:
         self._cpus[vcpu.processor].remove(_vcpu_data(vcpu))
         return _NOBODY
 
-    def yield_to_others(self, vcpu: Vcpu) -> None:
-        """csched_vcpu_yield()."""
-        _vcpu_data(vcpu).yielded = True
+    def yield_to_others(self, vcpu: Vcpu, target: Vcpu | None = None) -> bool:
+        """csched_vcpu_yield(); see :class:`~pyxen.hypervisor.sched.base.Scheduler` for ``target``."""
+        runq = self._cpus[vcpu.processor]
+        svc = _vcpu_data(vcpu)
+        if target is not None:
+            other = _vcpu_data(target)
+            if not other.queued or self._cpus[target.processor] is not runq:
+                return False
+            runq.directed = other
+        svc.yielded = True
+        return True
+
+    def has_siblings(self, vcpu: Vcpu) -> bool:
+        """Whether another vCPU of its domain waits for the pCPU that ``vcpu`` has. Any thread; a hint."""
+        data = vcpu.sched_data
+        return isinstance(data, _CreditVcpu) and data.domain in self._cpus[vcpu.processor].siblings
 
     # --- deciding ------------------------------------------------------------------------------------
 
     def do_schedule(self, cpu: int, current: Vcpu | None, now_ns: int) -> Decision:
-        """csched_schedule()."""
+        """csched_schedule(), with turns: first who has the turn, then which of its vCPUs."""
         runq = self._cpus[cpu]
-        chosen: _CreditVcpu | None = None
+        scurr: _CreditVcpu | None = None
+        yielded = False
+        ran = 0
         if current is not None:
-            scurr = _vcpu_data(current)
-            self._burn(scurr, now_ns)
-            yielded, scurr.yielded = scurr.yielded, False
+            svc = _vcpu_data(current)
+            self._burn(svc, now_ns)
+            yielded, svc.yielded = svc.yielded, False
+            ran = now_ns - current.runstate_since_ns
             if current.runnable:
-                ran = now_ns - current.runstate_since_ns
-                if ran < self.ratelimit_ns and not yielded:
-                    # Without this, two guests that ping-pong events would spend their time in context switches.
-                    return Decision(current, max(self.ratelimit_ns - ran, SCHED_RATELIMIT_MIN_US * 1000))
-                if yielded:
-                    # Xen puts it behind one vCPU of lower priority, if there is nobody else: let that one go first.
-                    chosen = runq.pop()
-                runq.insert(scurr)
+                if self._host.may_run(current.domain, cpu):
+                    scurr = svc
+                else:
+                    runq.insert(svc, now_ns)
+        wanted: list[Domain] = []
+        turn = runq.turn
+        if turn is not None and not self._host.may_run(turn.domain, cpu):
+            turn = None
+        sibling = runq.sibling(turn) if turn is not None else None
+        other = self._first_other(runq, cpu, turn, wanted)
+        mine = max((svc.priority for svc in (scurr, sibling) if svc is not None), default=OVER - 1)
+        # Without the rate limit two guests that ping-pong events would spend their time in context switches.
+        held_ns = self.ratelimit_ns - (now_ns - runq.turn_start_ns)
+        over = now_ns >= runq.turn_end_ns
+        if (scurr is not None and not yielded and held_ns > 0) or other is None:
+            take_other = False
+        else:
+            take_other = (
+                other.priority > mine
+                or (over and other.priority == mine)
+                # Xen puts one that yields behind one vCPU of lower priority, if there is nobody else.
+                or (yielded and sibling is None)
+            )
+        directed, runq.directed = runq.directed, None
+        if take_other or mine < OVER:
+            chosen = other
+        elif scurr is None or (sibling is not None and (
+            yielded or ran >= ROTATE_NS or sibling.priority > scurr.priority or sibling is directed
+        )):
+            chosen = sibling
+        else:
+            chosen = scurr
+        if scurr is not None and chosen is not scurr:
+            runq.insert(scurr, now_ns)
         if chosen is None:
-            chosen = runq.pop()
-        if chosen is None:
-            return Decision(None, None)
-        chosen.start_ns = now_ns
-        return Decision(chosen.vcpu, self.tslice_ns)
+            runq.turn = None
+            return Decision(None, None, wanted)
+        runq.remove(chosen)
+        if chosen.domain is not runq.turn or over:
+            runq.turn = chosen.domain
+            runq.turn_start_ns, runq.turn_end_ns = now_ns, now_ns + self.tslice_ns
+            held_ns = self.ratelimit_ns
+        slice_ns = max(runq.turn_end_ns - now_ns, SCHED_RATELIMIT_MIN_US * 1000)
+        if chosen.domain in runq.siblings:
+            slice_ns = min(slice_ns, ROTATE_NS - ran if chosen is scurr and ran < ROTATE_NS else ROTATE_NS)
+        if other is not None and not other.queued:
+            other = None  # it was chosen
+        if other is not None and other.priority > chosen.priority and held_ns > 0:
+            slice_ns = min(slice_ns, max(held_ns, SCHED_RATELIMIT_MIN_US * 1000))
+        if chosen is not scurr:
+            chosen.start_ns = now_ns
+        return Decision(chosen.vcpu, slice_ns, wanted)
+
+    def _first_other(
+        self, runq: _CreditCpu, cpu: int, turn: _CreditDomain | None, wanted: list[Domain]
+    ) -> _CreditVcpu | None:
+        """The first of the highest priority that is not of ``turn`` and may run here. ``wanted`` gets the domains of
+        those before it that are at home elsewhere."""
+        may_run = self._host.may_run
+        for queue in runq.queues:
+            for svc in queue:
+                if svc.domain is turn:
+                    continue
+                if may_run(svc.vcpu.domain, cpu):
+                    return svc
+                if svc.vcpu.domain not in wanted:
+                    wanted.append(svc.vcpu.domain)
+        return None
+
+    def find_work(self, cpu: int, now_ns: int) -> Domain | int | None:
+        """csched_load_balance(): a domain that waits on another pCPU, while what ``cpu`` has to run is of lower
+        priority than it; or when to look again (ns), for it has not waited long enough to be worth a move; or None.
+        Without locks, on ``cpu``'s thread."""
+        current = self._host.current(cpu)
+        if current is not None and _vcpu_data(current).priority > OVER:
+            return None
+        least = OVER if current is None else UNDER
+        again: int | None = None
+        start = self._queues.index(cpu)
+        for peer in self._queues[start + 1 :] + self._queues[:start]:
+            runq = self._cpus[peer]
+            if not runq.siblings:
+                continue
+            with self._host.cpu_lock(peer):
+                busy = self._host.current(peer)
+                for queue in runq.queues[: 1 - least]:
+                    for svc in queue:
+                        domain = svc.vcpu.domain
+                        if busy is not None and busy.domain is domain:
+                            continue
+                        if not (self._host.may_run(domain, peer) and self._host.allowed_on(svc.vcpu, cpu)):
+                            continue
+                        if now_ns - svc.queued_ns >= MIGRATION_DELAY_NS:
+                            return domain
+                        ready = svc.queued_ns + MIGRATION_DELAY_NS
+                        again = ready if again is None else min(again, ready)
+        return again
 
     def _burn(self, svc: _CreditVcpu, now_ns: int) -> None:
         """burn_credits(): charge a run, as far as it is not charged yet."""
@@ -350,30 +505,33 @@ class CreditScheduler:
             elapsed = min(elapsed, 8 * self.tslice_ns)
             self._last_account_ns = now_ns
             claimants = [(sdom, list(sdom.active)) for sdom in self._active]
-        for cpu in self._cpus:
+        for cpu in self._queues:
             with self._host.cpu_lock(cpu):
                 current = self._host.current(cpu)
                 if current is not None:
                     self._burn(_vcpu_data(current), now_ns)
-        claims: list[_Claim] = []
-        balance = 0
+        pools: dict[int, list[_Claim]] = {}
+        balances: dict[int, int] = {}
         for sdom, vcpus in claimants:
-            debt = 0
+            debt = balance = 0
             for svc in vcpus:
                 # Without the lock: what another pCPU charges meanwhile counts at the next accounting.
                 credit = svc.credit_ns
                 balance += credit
                 if credit < 0:
                     debt -= credit
-            limit = len(vcpus) * elapsed + debt
+            limit = elapsed + debt  # all vCPUs of a domain share one engine
             if sdom.cap:
                 limit = min(limit, sdom.cap * elapsed // 100)
-            claims.append(_Claim(sdom, vcpus, sdom.weight * len(vcpus), limit))
-        total = max(elapsed * len(self._cpus), -balance)
+            pool = sdom.domain.cpupool
+            balances[pool] = balances.get(pool, 0) + balance
+            pools.setdefault(pool, []).append(_Claim(sdom, vcpus, sdom.weight * len(vcpus), limit))
         park: list[Vcpu] = []
         unpark: list[Vcpu] = []
-        for claim, grant_ns in _divide(total, claims):
-            self._grant(claim, grant_ns, elapsed, park, unpark)
+        for pool, claims in pools.items():
+            total = max(int(elapsed * self._host.capacity(pool)), -balances[pool])
+            for claim, grant_ns in _divide(total, claims):
+                self._grant(claim, grant_ns, elapsed, park, unpark)
         # Without locks: pausing takes the run queue's lock itself and may kick an engine.
         for vcpu in park:
             self._host.vcpu_pause_nosync(vcpu)
@@ -384,7 +542,7 @@ class CreditScheduler:
             if not more:
                 self._last_account_ns = 0
         if more:
-            self._host.timers(min(self._cpus)).set(self._accounting, now_ns + self.tslice_ns)
+            self._host.timers(self._queues[0]).set(self._accounting, now_ns + self.tslice_ns)
 
     def _grant(self, claim: _Claim, grant_ns: int, elapsed: int, park: list[Vcpu], unpark: list[Vcpu]) -> None:
         """The second half of csched_acct() for one domain: new credit, and the priority it means."""
@@ -423,7 +581,7 @@ class CreditScheduler:
                     runq.remove(svc)
                     svc.priority = priority
                     if queued:
-                        runq.insert(svc)
+                        runq.insert(svc, svc.queued_ns)
 
     # --- debug keys ------------------------------------------------------------------------------------
 

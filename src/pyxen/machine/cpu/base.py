@@ -366,6 +366,14 @@ class Cpu(Protocol):
         until the engine is in a hook or outside :meth:`run`."""
         ...
 
+    def next_code(self, first: int, end: int) -> int:
+        """The first frame in [first, end) that this CPU holds translated code of; -1 if there is none."""
+        ...
+
+    def forget_code(self, maddr: int, size: int) -> None:
+        """:meth:`invalidate` at once. Outside of :meth:`run`."""
+        ...
+
     def close(self) -> None: ...
 
 

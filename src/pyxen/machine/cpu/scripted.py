@@ -371,6 +371,13 @@ class ScriptedCpu:
         """Recorded."""
         self.journal.append(("invalidate", maddr, size))
 
+    def next_code(self, first: int, end: int) -> int:
+        """Scripts are not code in memory."""
+        return -1
+
+    def forget_code(self, maddr: int, size: int) -> None:
+        """There is none."""
+
     def close(self) -> None:
         """Forget scripts and alarms."""
         if self._running:
