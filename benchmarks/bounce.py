@@ -63,7 +63,7 @@ def main() -> int:
                 print(error)
                 return 1
             each = spent / arguments.moves * 1e6
-            print(f"{arguments.moves} moves, the guest counted to {count}: right ({each:.0f} us CPU a move)", flush=True)
+            print(f"{arguments.moves} moves, the guest counted to {count}: right ({each:.0f} us CPU a move)")
     return 0
 
 
