@@ -79,6 +79,8 @@ class Pcpu:
         self._running = False
         """Inside Cpu.run(). Of this thread only: true in trap handlers."""
         self._resched = False
+        self._pause_exits = False
+        """Whether PAUSE leaves the loaded context."""
         self._current: Vcpu | None = None
         self.code = CodePages(cpu)
         self.clock.subscribe(self.kick)
@@ -299,6 +301,12 @@ class Pcpu:
         try:
             if cpu.loaded is not context:
                 cpu.load(context)
+                self._pause_exits = False
+            siblings = self.scheduler.ops.has_siblings(vcpu)
+            if siblings is not self._pause_exits:
+                # A vCPU that spins may wait for another one, which waits for this engine.
+                self._pause_exits = siblings
+                cpu.set_pause_exits(siblings)
             vcpu.arch.before_entry(cpu)
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
