@@ -31,6 +31,7 @@ from pyxen.hypervisor.hypercall import Preempted, call
 from pyxen.hypervisor.hypercall_table import build_table
 from pyxen.hypervisor.sysctl import hardware_caps
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
+from pyxen.machine.cpu.base import HvmRegisters, Segment
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.hypervisor import Hypervisor
@@ -536,4 +537,7 @@ class PrivCmd:
         return int(value) & MASK64
 
 
-__all__ = ["Dom0Caller", "DomainInfo", "Gfn", "LocalPort", "Mapping", "PhysInfo", "PrivCmd", "VcpuInfo"]
+__all__ = [
+    "Dom0Caller", "DomainInfo", "Gfn", "HvmRegisters", "LocalPort", "Mapping", "PhysInfo", "PrivCmd", "Segment",
+    "VcpuInfo",
+]
