@@ -158,6 +158,29 @@ def test_pvh_dry_run_prints_what_xl_prints() -> None:
     }
 
 
+def test_long_list_shape_of_a_running_pvh_domain() -> None:
+    """As the oracle's xl-list-l-pvh.json, without its disk and vif."""
+    config = parse(BASE + "type='pvh'\nmemory=96\nvcpus=1\nramdisk='r'\ncmdline='c'\non_crash='preserve'", "F")
+    document = to_json(config, running=Running(target_memkb=98304, max_memkb=98304, weight=256, cap=0))
+    assert document["c_info"]["type"] == "pvh"  # type: ignore[index,call-overload]
+    assert list(document["b_info"].items()) == [  # type: ignore[union-attr]
+        ("max_vcpus", 1),
+        ("avail_vcpus", [0]),
+        ("tsc_mode", "native"),
+        ("max_memkb", 98304),
+        ("target_memkb", 98304),
+        ("video_memkb", 0),
+        ("sched_params", {"sched": "credit", "weight": 256, "cap": 0}),
+        ("claim_mode", "True"),
+        ("kernel", "/k"),
+        ("cmdline", "c"),
+        ("ramdisk", "r"),
+        ("type.pvh", {}),
+        ("arch_arm", {}),
+        ("arch_x86", {"msr_relaxed": "False"}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "names"),
     [
