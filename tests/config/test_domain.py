@@ -338,8 +338,6 @@ def test_bad_number_is_warned_of_and_ignored() -> None:
         ("hap=1\nvga='stdvga'\nacpi=1", []),
         ("claim_mode=0\nnomigrate=1\ntsc_mode='default'", []),
         ("tsc_mode='always_emulate'", ["tsc_mode"]),
-        ("vcpus=2", ["vcpus"]),
-        ("maxvcpus=2", ["maxvcpus"]),
         ("cpus='0'", ["cpus"]),
         ("pool='Pool-0'", []),
         ("pool='fast'", ["pool"]),
@@ -354,7 +352,7 @@ def test_options_of_later_versions_are_named(text: str, names: list[str]) -> Non
 
 def test_host_features_widen_what_can_be_made() -> None:
     config = parse(BASE + "vcpus=2\ncpus='0'\npool='p'", "F")
-    assert unsupported(config, {"smp", "affinity", "pool"}) == []
+    assert unsupported(config, {"affinity", "pool"}) == []
     assert unsupported(parse(BASE + "type='pvh'", "F"), {"pvh"}) == []
     assert unsupported(parse(BASE + "pvh=1", "F"), {"pvh"}) == ["pvh"]
 

@@ -40,7 +40,7 @@ MAX_VCPUS = 8192
 MAX_CREATABLE_VCPUS = 128
 """Most vCPUs this version creates: HVM_MAX_VCPUS; PV domains have the same limit here."""
 
-FEATURES = frozenset({"pvh", "smp"})
+FEATURES = frozenset({"pvh"})
 """What :func:`unsupported` calls features and this version has."""
 
 MAX_NAME_BYTES = 255
@@ -271,8 +271,8 @@ def check_name(name: str) -> None:
 def unsupported(config: DomainConfig, features: Iterable[str] = ()) -> list[str]:
     """Names of the options that ask for what this version cannot do yet, in the file's order.
 
-    ``features`` are names of what the host at hand does have beyond the least: "smp" (vcpus > 1), "affinity" (cpus=,
-    cpus_soft=), "pvh", "hvm", or an option's own name.
+    ``features`` are names of what the host at hand does have beyond the least: "affinity" (cpus=, cpus_soft=),
+    "pvh", "hvm", or an option's own name.
     """
     have = set(features)
     names = []
@@ -290,8 +290,6 @@ def unsupported(config: DomainConfig, features: Iterable[str] = ()) -> list[str]
             refused = asks_for_something(name, setting.value)
         elif name in ("type", "builder"):
             refused = config.type != "pv" and config.type not in have
-        elif name == "vcpus" or name == "maxvcpus":
-            refused = config.max_vcpus > 1 and "smp" not in have
         elif name in ("cpus", "cpus_soft"):
             refused = "affinity" not in have
         elif name == "pool":
