@@ -34,7 +34,9 @@ class Area:
 class ForeignMapping(Protocol):
     """Frames of another domain, mapped."""
 
-    view: memoryview
+    @property
+    def view(self) -> memoryview:
+        """All of them, as one piece."""
 
     def written(self) -> None:
         """Tell the engines that the frames changed."""
