@@ -7,9 +7,8 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pyxen.abi.xen import PAGE_SIZE, DomId, Gfn, VcpuId
+from pyxen.abi.xen import PAGE_SIZE, DomId, Gfn
 from pyxen.errors import XenError
-from pyxen.hypervisor.privcmd import HvmRegisters
 
 DOMID = DomId(9)
 
@@ -43,7 +42,8 @@ class FakePvh:
     pages: dict[int, bytes] = field(default_factory=dict)
     params: dict[int, int] = field(default_factory=dict)
     memory_map: list[tuple[int, int, int]] = field(default_factory=list)
-    registers: HvmRegisters | None = None
+    start: tuple[int, int] | None = None
+    """EIP and EBX of vCPU 0."""
     open_mappings: int = 0
     given: int = 0
     top: int = 0
@@ -80,10 +80,10 @@ class FakePvh:
     def hvm_param_set(self, domid: DomId, index: int, value: int) -> None:
         self.params[index] = value
 
-    def vcpu_set_hvm_context(self, domid: DomId, vcpu: VcpuId, registers: HvmRegisters) -> None:
-        assert vcpu == 0
+    def vcpu_set_pvh_start(self, domid: DomId, entry: int, start_info: int) -> None:
+        assert domid == DOMID
         assert self.open_mappings == 0
-        self.registers = registers
+        self.start = entry, start_info
 
     # --- what the guest sees
     def page(self, gfn: int) -> bytes:

@@ -16,7 +16,6 @@ from pyxen.abi.elfnote import XenElfNote
 from pyxen.abi.hvm.params import HvmParam
 from pyxen.abi.xen import PAGE_SIZE, EvtchnPort
 from pyxen.errors import ConfigError, ImageError, XenError
-from pyxen.machine.cpu.base import RBX, RIP, Seg
 from pyxen.toolstack.build import acpi
 from pyxen.toolstack.build.kernel import PvhImage, load_kernel, load_pvh_kernel
 from pyxen.toolstack.build.pvh_builder import BuiltPvhDomain, build
@@ -56,20 +55,11 @@ def test_guest_finds_everything_start_info_promises(run: int, notes: tuple[bytes
     machine = FakePvh(run=run)
     built = run_build(machine, kernel(*notes, bits=bits), nr_pages)
 
-    # Entry state (docs/misc/pvh.markdown): 32-bit flat, paging off, EBX at start_info.
-    regs = machine.registers
-    assert regs is not None
-    assert regs.gpr[RIP] == TEXT.paddr
-    assert (regs.cr0, regs.cr4, regs.efer, regs.flags) == (0x11, 0, 0, 2)
-    for seg in Seg:
-        code = seg is Seg.CS
-        assert (regs.segments[seg].base, regs.segments[seg].limit) == (0, 0xFFFFFFFF)
-        assert regs.segments[seg].attributes == (0xC9B if code else 0xC93)
-    assert (regs.tr.limit, regs.tr.attributes) == (0x67, 0x8B)
-    assert not any(value for index, value in enumerate(regs.gpr) if index not in (RBX, RIP))
-
+    assert machine.start is not None
+    entry, start_info = machine.start
+    assert entry == TEXT.paddr
     magic, version, flags, modules, modlist, cmdline, rsdp, memmap, entries = struct.unpack(
-        "<IIIIQQQQI4x", machine.read(regs.gpr[RBX], 56)
+        "<IIIIQQQQI4x", machine.read(start_info, 56)
     )
     assert (magic, version, flags, modules) == (0x336EC578, 1, 0, 1)
     assert machine.text(cmdline) == b"quiet"
@@ -132,8 +122,8 @@ def test_the_hole_begins_where_the_tables_lie(nr_pages: int) -> None:
 def test_without_a_ramdisk_there_is_no_module() -> None:
     machine = FakePvh()
     run_build(machine, kernel(), 32 * MIB, ramdisk=None, cmdline="")
-    assert machine.registers is not None
-    _, _, _, modules, modlist, cmdline = struct.unpack_from("<IIIIQQ", machine.read(machine.registers.gpr[RBX], 56))
+    assert machine.start is not None
+    _, _, _, modules, modlist, cmdline = struct.unpack_from("<IIIIQQ", machine.read(machine.start[1], 56))
     assert (modules, modlist) == (0, 0)
     assert machine.text(cmdline) == b""
 
@@ -195,9 +185,9 @@ def test_a_build_can_be_cancelled_between_any_two_chunks() -> None:
         done = (await asyncio.gather(task, return_exceptions=True))[0]
         assert machine.open_mappings == 0
         if not isinstance(done, asyncio.CancelledError):
-            assert machine.registers is not None
+            assert machine.start is not None
             return True
-        assert machine.registers is None
+        assert machine.start is None
         return False
 
     steps = 0

@@ -2,8 +2,7 @@
 """Build a PVH guest: memory, kernel, ACPI tables, start_info, vCPU 0 (Xen: tools/libxc/xc_dom_x86.c ``vcpu_hvm``,
 ``bootlate_hvm``, ``alloc_magic_pages_hvm``).
 
-The plan is pvh_layout's, the tables are acpi's; here they meet the hypervisor, through privcmd alone. The vCPU starts
-as docs/misc/pvh.markdown says: 32-bit protected mode, flat segments, paging off, EBX at start_info.
+The plan is pvh_layout's, the tables are acpi's; here they meet the hypervisor, through privcmd alone.
 
 :func:`build` yields to the event loop after every few MiB. Cancelling it leaves a domain that the caller destroys; it
 holds nothing else.
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from pyxen.abi.hvm.params import HvmParam
-from pyxen.abi.xen import PAGE_SHIFT, DomId, EvtchnPort, Gfn, VcpuId
+from pyxen.abi.xen import PAGE_SHIFT, DomId, EvtchnPort, Gfn
 from pyxen.errors import ConfigError
-from pyxen.hypervisor.privcmd import HvmRegisters, Segment
 from pyxen.toolstack.build import acpi, pvh_layout
 from pyxen.toolstack.build.guest_memory import Area, GuestMemory, MemoryPrivCmd, populate
 from pyxen.toolstack.build.kernel import PvhImage
@@ -26,20 +24,6 @@ from pyxen.toolstack.build.pvh_layout import PvhLayout
 
 MAX_CMDLINE: Final = 4096
 """The ABI has no limit; Linux keeps 2048 bytes and drops the rest without a word."""
-
-_CODE: Final = 0xC9B
-"""Attributes of a flat 32-bit code segment: present, DPL 0, execute and read, accessed, 4 KiB granular."""
-_DATA: Final = 0xC93
-_TSS: Final = 0x8B
-_TSS_LIMIT: Final = 0x67
-_FLAT_LIMIT: Final = 0xFFFFFFFF
-_CR0_PE_ET: Final = 0x11
-_RFLAGS_RESERVED: Final = 2
-_DR6_DEFAULT: Final = 0xFFFF0FF0
-_DR7_DEFAULT: Final = 0x400
-_RBX, _RIP = 3, 16
-_FCW_DEFAULT: Final = 0x37F
-_MXCSR_DEFAULT: Final = 0x1F80
 
 
 class PrivCmd(MemoryPrivCmd, Protocol):
@@ -51,8 +35,9 @@ class PrivCmd(MemoryPrivCmd, Protocol):
     def hvm_param_set(self, domid: DomId, index: int, value: int) -> None:
         """HVMOP_set_param."""
 
-    def vcpu_set_hvm_context(self, domid: DomId, vcpu: VcpuId, registers: HvmRegisters) -> None:
-        """XEN_DOMCTL_sethvmcontext, of one vCPU's registers; the vCPU is up after it."""
+    def vcpu_set_pvh_start(self, domid: DomId, entry: int, start_info: int) -> None:
+        """XEN_DOMCTL_sethvmcontext of vCPU 0: flat 32-bit protected mode, paging off, EIP at ``entry``, EBX at
+        ``start_info``; it is up after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,35 +101,8 @@ async def build(
         (HvmParam.CONSOLE_EVTCHN, console_port),
     ):
         privcmd.hvm_param_set(domid, param, value)
-    privcmd.vcpu_set_hvm_context(domid, VcpuId(0), start_registers(image.parms.entry, layout.start_info))
+    privcmd.vcpu_set_pvh_start(domid, image.parms.entry, layout.start_info)
     return BuiltPvhDomain(layout.xenstore, layout.console, layout)
-
-
-def start_registers(entry: int, start_info: int) -> HvmRegisters:
-    """The state that vCPU 0 of a PVH guest starts in."""
-    gpr = [0] * 17
-    gpr[_RBX], gpr[_RIP] = start_info, entry
-    fxsave = bytearray(512)
-    fxsave[0:2] = _FCW_DEFAULT.to_bytes(2, "little")
-    fxsave[24:28] = _MXCSR_DEFAULT.to_bytes(4, "little")
-    code, data = Segment(0, 0, _FLAT_LIMIT, _CODE), Segment(0, 0, _FLAT_LIMIT, _DATA)
-    return HvmRegisters(
-        gpr=gpr,
-        flags=_RFLAGS_RESERVED,
-        segments=[data, code, data, data, data, data],
-        ldtr=Segment(),
-        tr=Segment(0, 0, _TSS_LIMIT, _TSS),
-        gdtr=(0, 0),
-        idtr=(0, 0),
-        cr0=_CR0_PE_ET,
-        cr2=0,
-        cr3=0,
-        cr4=0,
-        efer=0,
-        dr=[0, 0, 0, 0, 0, 0, _DR6_DEFAULT, _DR7_DEFAULT],
-        msrs={},
-        fxsave=bytes(fxsave),
-    )
 
 
 class _Frames:
