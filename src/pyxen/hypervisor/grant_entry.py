@@ -81,6 +81,11 @@ class Active:
         self.mfn = mfn
         self.pin = 0
 
+    @property
+    def writers(self) -> int:
+        """Nonzero while somebody may write to the frame."""
+        return self.pin & WRITE_PINS
+
 
 class MapTrack:
     """``struct grant_mapping``: what one handle stands for. ``flags`` are the GNTMAP_* still in force."""

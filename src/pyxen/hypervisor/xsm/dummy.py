@@ -128,6 +128,10 @@ class Xsm:
         """*target*."""
         _target(current, foreign)
 
+    def hvm_param(self, current: Domain, domain: Domain) -> None:
+        """*target*: HVMOP_set_param, HVMOP_get_param and what reads a domain's map."""
+        _target(current, domain)
+
     # --- control --------------------------------------------------------------------------------------
 
     def domctl(self, current: Domain, target: Domain | None, command: int) -> None:
