@@ -239,7 +239,8 @@ def shadow_op(caller: Caller, union: int, request: bytes, domain: Domain) -> int
             raise XenError(errno.EINVAL)
         if op == abi.SHADOW_OP_SET_ALLOCATION:
             domain.hvm.pool.set_limit(mb << 8)
-        caller.write(union, abi.SHADOW_OP.pack(op, mode, domain.hvm.pool.limit + 255 >> 8, bitmap, pages, faults, dirty))
+        mb = domain.hvm.pool.limit + 255 >> 8
+        caller.write(union, abi.SHADOW_OP.pack(op, mode, mb, bitmap, pages, faults, dirty))
     else:
         raise XenError(errno.EINVAL)
     return 0
