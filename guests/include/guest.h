@@ -14,6 +14,7 @@ extern struct start_info *start_info;
 extern u16 boot_cs, boot_ss;                    /* 0xe033 and 0xe02b; in fast mode others, of a lower RPL */
 extern struct shared_info *shared;
 extern struct vcpu_info *const vcpu0;
+extern void run_tests(void);
 
 /* --- tests: each guest defines the list it runs --- */
 struct test { const char *name; void (*run)(void); };
@@ -27,6 +28,42 @@ extern const u32 nr_tests;
     u64 a_ = (u64)(actual), e_ = (u64)(expected); \
     if (a_ != e_) { test_fail("line %d: " #actual " is %lx, not %lx", __LINE__, a_, e_); return; } } while (0)
 void test_fail(const char *format, ...);
+
+struct regs;
+/* --- vCPUs --- */
+#define MAX_CPUS 128
+#define CPU_STACK_SIZE 8192
+/* Which vCPU runs this: by its stack. */
+u32 this_cpu(void);
+extern struct vcpu_info *vcpu_infos[MAX_CPUS];  /* each vCPU's vcpu_info */
+#define this_vcpu() (vcpu_infos[this_cpu()])
+u32 nr_cpus(void);                              /* how many the domain may have */
+/* Bring a vCPU up at fn(arg), with events off. 0 or -errno. A vCPU whose function returns goes down; brought up again by
+   cpu_up() it comes out of cpu_down(). */
+s64 cpu_start(u32 cpu, void (*fn)(u64), u64 arg);
+s64 cpu_initialise(u32 cpu, void (*fn)(u64), u64 arg);  /* without bringing it up */
+s64 cpu_up(u32 cpu);
+void cpu_down(void);                            /* the calling one */
+int cpu_is_up(u32 cpu);
+void cpu_nmi_handler(void (*handler)(struct regs *regs));
+s64 send_nmi(u32 cpu);
+/* Wait in a loop: relax() is PAUSE; wait_a_little() lets other vCPUs run (SCHEDOP_yield). */
+#define relax() __asm__ volatile("pause" ::: "memory")
+#define wait_a_little() HC2(sched_op, SCHEDOP_yield, 0)
+/* Wait up to a second for a condition; 1 if it came true. */
+#define WAIT_FOR(condition) ({ \
+    u64 end_ = now_ns() + 10000000000ul; \
+    while (!(condition) && now_ns() < end_) \
+        wait_a_little(); \
+    !!(condition); })
+/* Block until the port is pending (it may stay masked), or a time. */
+s64 poll_port(u32 port, u64 until_ns);
+void block(void);                               /* SCHEDOP_block: events on */
+
+typedef volatile u32 spinlock;
+void spin_lock(spinlock *lock);                 /* PAUSE only */
+void yield_lock(spinlock *lock);                /* SCHEDOP_yield */
+void spin_unlock(spinlock *lock);
 
 /* --- console --- */
 void print(const char *format, ...);
@@ -69,6 +106,7 @@ void traps_init(u8 flags_of_91);                /* flags of the gate of vector 0
 
 /* --- events --- */
 extern volatile u64 event_count[4096];
+extern u8 port_cpu[4096];                       /* which vCPU takes a port's events; bind_virq and bind_ipi set it */
 extern void (*event_hook)(u32 port, struct regs *regs);
 void events_on(void);
 void events_off(void);
@@ -85,6 +123,17 @@ extern struct user_exit user_exit;
 void run_user(u64 rip, u64 rsp, u64 arg, u64 flags);
 
 /* --- hypercalls --- */
+#ifdef PVH
+static inline s64 syscall5(u64 nr, u64 a, u64 b, u64 c, u64 d, u64 e)
+{
+    s64 result;
+    register u64 r10 __asm__("r10") = d;
+    register u64 r8 __asm__("r8") = e;
+    __asm__ volatile("vmcall" : "=a"(result), "+D"(a), "+S"(b), "+d"(c), "+r"(r10), "+r"(r8) : "0"(nr) : "memory");
+    return result;
+}
+#define hypercall syscall5
+#else
 static inline s64 syscall5(u64 nr, u64 a, u64 b, u64 c, u64 d, u64 e)
 {
     s64 result;
@@ -96,6 +145,7 @@ static inline s64 syscall5(u64 nr, u64 a, u64 b, u64 c, u64 d, u64 e)
 }
 /* The same through the hypercall page. */
 s64 hypercall(u64 nr, u64 a, u64 b, u64 c, u64 d, u64 e);
+#endif
 #define HC(name, a, b, c, d, e) hypercall(HC_##name, (u64)(a), (u64)(b), (u64)(c), (u64)(d), (u64)(e))
 #define HC1(name, a) HC(name, a, 0, 0, 0, 0)
 #define HC2(name, a, b) HC(name, a, b, 0, 0, 0)

@@ -32,6 +32,7 @@
 #define HC_sched_op 29
 #define HC_callback_op 30
 #define HC_event_channel_op 32
+#define HC_hvm_op 34
 #define HC_sysctl 35
 #define HC_domctl 36
 
@@ -54,7 +55,7 @@ typedef long s64;
 #define DOMID_IO 0x7ff1
 #define DOMID_XEN 0x7ff2
 
-enum { EPERM = 1, ENOENT = 2, ESRCH = 3, ENXIO = 6, EBUSY = 16, EEXIST = 17, EINVAL = 22, EFAULT = 14,
+enum { EPERM = 1, ENOENT = 2, ESRCH = 3, ENXIO = 6, ENODEV = 19, EBUSY = 16, EEXIST = 17, EINVAL = 22, EFAULT = 14,
        ENOMEM = 12, ENOSPC = 28, ENOSYS = 38, EOPNOTSUPP = 95 };
 
 struct vcpu_time_info {
@@ -103,9 +104,12 @@ struct mmuext_op { u32 cmd, pad; u64 arg1, arg2; };
 struct multicall { u64 op; s64 result; u64 args[6]; };
 
 enum { MMUEXT_PIN_L1 = 0, MMUEXT_PIN_L2, MMUEXT_PIN_L3, MMUEXT_PIN_L4, MMUEXT_UNPIN, MMUEXT_NEW_BASEPTR,
-       MMUEXT_TLB_FLUSH_LOCAL, MMUEXT_INVLPG_LOCAL, MMUEXT_SET_LDT = 13, MMUEXT_NEW_USER_BASEPTR = 15,
+       MMUEXT_TLB_FLUSH_LOCAL, MMUEXT_INVLPG_LOCAL, MMUEXT_TLB_FLUSH_MULTI, MMUEXT_INVLPG_MULTI,
+       MMUEXT_TLB_FLUSH_ALL, MMUEXT_INVLPG_ALL, MMUEXT_SET_LDT = 13, MMUEXT_NEW_USER_BASEPTR = 15,
        MMUEXT_CLEAR_PAGE = 16, MMUEXT_COPY_PAGE = 17 };
+#define UVMF_TLB_FLUSH 1
 #define UVMF_INVLPG 2
+#define UVMF_ALL 4
 
 enum { SCHEDOP_yield, SCHEDOP_block, SCHEDOP_shutdown, SCHEDOP_poll, SCHEDOP_remote_shutdown };
 enum { SHUTDOWN_poweroff, SHUTDOWN_reboot, SHUTDOWN_suspend, SHUTDOWN_crash };
@@ -118,11 +122,47 @@ enum { VIRQ_TIMER = 0, VIRQ_DEBUG = 1, VIRQ_CONSOLE = 2 };
 
 enum { VCPUOP_initialise, VCPUOP_up, VCPUOP_down, VCPUOP_is_up, VCPUOP_get_runstate_info,
        VCPUOP_register_runstate_memory_area, VCPUOP_set_periodic_timer, VCPUOP_stop_periodic_timer,
-       VCPUOP_set_singleshot_timer, VCPUOP_stop_singleshot_timer, VCPUOP_register_vcpu_info };
+       VCPUOP_set_singleshot_timer, VCPUOP_stop_singleshot_timer, VCPUOP_register_vcpu_info, VCPUOP_send_nmi };
+enum { RUNSTATE_running, RUNSTATE_runnable, RUNSTATE_blocked, RUNSTATE_offline };
+struct vcpu_guest_context {
+    u8 fpu[512];
+    u64 flags;
+    struct {
+        u64 r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi;
+        u32 error_code, entry_vector;
+        u64 rip;
+        u16 cs, pad0;
+        u8 saved_upcall_mask, pad1[3];
+        u64 rflags, rsp, ss, es, ds, fs, gs;
+    } regs;
+    struct { u8 vector, flags; u16 cs; u64 address; } traps[256];
+    u64 ldt_base, ldt_ents, gdt_frames[16], gdt_ents, kernel_ss, kernel_sp, ctrlreg[8], debugreg[8];
+    u64 event_callback, failsafe_callback, syscall_callback, vm_assist, fs_base, gs_base_kernel, gs_base_user;
+};
+#define VGCF_in_kernel 4
+/* A PVH guest's: hvm/hvm_vcpu.h */
+struct vcpu_hvm_context {
+    u32 mode, pad;
+    u64 rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, rip, rflags, cr0, cr3, cr4, efer;
+    u64 pad2[16];
+};
+#define VCPU_HVM_MODE_64B 2
+struct hvm_start_info {
+    u32 magic, version, flags, nr_modules;
+    u64 modlist, cmdline, rsdp, memmap;
+    u32 memmap_entries, reserved;
+};
+#define HVM_START_MAGIC 0x336ec578
+struct xen_hvm_param { u16 domid, pad; u32 index; u64 value; };
+enum { HVMOP_set_param, HVMOP_get_param, HVMOP_flush_tlbs = 5 };
+enum { HVM_PARAM_CALLBACK_IRQ = 0, HVM_PARAM_CONSOLE_PFN = 17, HVM_PARAM_CONSOLE_EVTCHN = 18 };
+struct xen_add_to_physmap { u16 domid, size; u32 space; u64 idx, gpfn; };
+#define XENMAPSPACE_shared_info 0
 struct vcpu_runstate_info { u32 state; u64 state_entry_time; u64 time[4]; };
 
 enum { XENMEM_increase_reservation, XENMEM_decrease_reservation, XENMEM_maximum_ram_page, XENMEM_current_reservation,
-       XENMEM_maximum_reservation, XENMEM_machphys_mfn_list, XENMEM_populate_physmap, XENMEM_memory_map = 9,
+       XENMEM_maximum_reservation, XENMEM_machphys_mfn_list, XENMEM_populate_physmap, XENMEM_add_to_physmap,
+       XENMEM_memory_map = 9,
        XENMEM_machphys_mapping = 12 };
 struct memory_reservation { u64 extent_start, nr_extents; u32 extent_order, mem_flags; u16 domid; };
 

@@ -100,13 +100,25 @@ static void print_va(const char *format, __builtin_va_list args)
     }
 }
 
+static spinlock lock;
+static u32 owner;                               /* vCPU + 1: a trap within print() may print */
+
 void print(const char *format, ...)
 {
     __builtin_va_list args;
+    u32 me = this_cpu() + 1, mine = owner == me;
+    if (!mine) {
+        yield_lock(&lock);
+        owner = me;
+    }
     __builtin_va_start(args, format);
     print_va(format, args);
     __builtin_va_end(args);
     notify();
+    if (!mine) {
+        owner = 0;
+        spin_unlock(&lock);
+    }
 }
 
 static const char *current;

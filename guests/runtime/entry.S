@@ -115,6 +115,14 @@ syscall_entry:
         push    $-3
         jmp     trap_common
 
+/* Where a vCPU starts that this guest brought up: on its own stack, aligned. */
+        .globl  cpu_entry
+cpu_entry:
+        cld
+        xor     %ebp, %ebp
+        call    cpu_main
+        ud2
+
 /* s64 catch_trap(fn, arg): remember where to go on, call, -1. trap_c() sends a trap here with RSP from the buffer. */
         .globl  catch_trap
 catch_trap:

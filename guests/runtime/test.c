@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
+/* Start and end of a PV guest. */
 #include "guest.h"
 
 struct start_info *start_info;
@@ -8,8 +9,6 @@ static u8 shared_page[PAGE_SIZE] PAGE_ALIGNED;
 struct vcpu_info *const vcpu0 = (struct vcpu_info *)shared_page;
 
 static u8 trap_stack[16384] __attribute__((aligned(16)));   /* where traps from user mode arrive */
-
-void run_tests(void);
 
 void shutdown(u32 reason)
 {
@@ -21,6 +20,7 @@ void shutdown(u32 reason)
 void guest_main(struct start_info *start)
 {
     start_info = start;
+    vcpu_infos[0] = vcpu0;
     __asm__("mov %%cs, %0\n mov %%ss, %1" : "=r"(boot_cs), "=r"(boot_ss));
     shared = (struct shared_info *)shared_page;
     if (HC3(update_va_mapping, shared_page, start->shared_info | PTE_KERNEL_RW, UVMF_INVLPG))

@@ -46,7 +46,8 @@ class ArchVcpu(Protocol):
         ...
 
     def set_guest_context(self, data: bytes) -> None:
-        """VCPUOP_initialise, XEN_DOMCTL_setvcpucontext: struct vcpu_guest_context (5168 bytes). XenError(EINVAL)."""
+        """VCPUOP_initialise, XEN_DOMCTL_setvcpucontext: struct vcpu_guest_context (5168 bytes). XenError(EINVAL);
+        hypercall.Preempted: part of the work is done, call again with the same data."""
         ...
 
     def get_guest_context(self) -> bytes:

@@ -17,6 +17,7 @@ from pyxen.abi.domctl import Domctl, DomInf
 from pyxen.errors import XenError
 from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.event_channel import MAX_EVTCHN_PORT
+from pyxen.hypervisor.hypercall import Preempted
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
 from pyxen.hypervisor.x86 import hypercall_page
 
@@ -64,13 +65,22 @@ def set_vcpu_context(domain: Domain, vcpu_id: int, data: bytes) -> None:
     scheduler = domain.hypervisor.scheduler
     scheduler.domain_pause(domain)
     try:
-        vcpu.arch.set_guest_context(data)
+        while not _set_context(vcpu, data):
+            pass  # nobody is held up: the locks are let go of after each slice
         if int.from_bytes(data[512:520], "little") & Vgcf.ONLINE:
             scheduler.vcpu_up(vcpu)
         else:
             scheduler.vcpu_down(vcpu)
     finally:
         scheduler.domain_unpause(domain)
+
+
+def _set_context(vcpu: Vcpu, data: bytes) -> bool:
+    try:
+        vcpu.arch.set_guest_context(data)
+    except Preempted:
+        return False
+    return True
 
 
 def get_vcpu_context(domain: Domain, vcpu_id: int) -> bytes:
@@ -152,7 +162,6 @@ def do_domctl(caller: Caller, arg: int) -> int:
 
 def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: Domain) -> int:
     from pyxen.hypervisor import lifecycle
-    from pyxen.hypervisor.hypercall import Preempted
 
     union = arg + abi.UNION
     if command == Domctl.DESTROYDOMAIN:
@@ -230,7 +239,8 @@ def shadow_op(caller: Caller, union: int, request: bytes, domain: Domain) -> int
             raise XenError(errno.EINVAL)
         if op == abi.SHADOW_OP_SET_ALLOCATION:
             domain.hvm.pool.set_limit(mb << 8)
-        caller.write(union, abi.SHADOW_OP.pack(op, mode, domain.hvm.pool.limit + 255 >> 8, bitmap, pages, faults, dirty))
+        mb = domain.hvm.pool.limit + 255 >> 8
+        caller.write(union, abi.SHADOW_OP.pack(op, mode, mb, bitmap, pages, faults, dirty))
     else:
         raise XenError(errno.EINVAL)
     return 0

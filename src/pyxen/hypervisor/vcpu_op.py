@@ -18,6 +18,8 @@ from pyxen.abi.vcpu import (
 )
 from pyxen.abi.xen import VCPU_TIME_INFO
 from pyxen.errors import XenError
+from pyxen.hypervisor.domain import ShutdownCode
+from pyxen.hypervisor.hypercall import Preempted
 from pyxen.hypervisor.time import update_vcpu_system_time, vcpu_periodic_timer_work
 from pyxen.hypervisor.vcpu import PauseFlag
 from pyxen.hypervisor.vcpu_info import map_vcpu_info
@@ -54,14 +56,17 @@ def do_vcpu_op(caller: Caller, cmd: int, vcpu_id: int, arg: int) -> int:
     elif cmd == VcpuOp.GET_RUNSTATE_INFO:
         caller.write(arg, _runstate_info(vcpu))
     elif cmd == VcpuOp.INITIALISE:
-        _initialise(caller, vcpu, arg)
+        _initialise(caller, vcpu, cmd, vcpu_id, arg)
     elif cmd == VcpuOp.UP:
         with caller.domain.lock:
             if not vcpu.is_initialised:
                 raise XenError(errno.EINVAL)
+            if vcpu.pause_flags & _DOWN:
+                # The guest need not have flushed a vCPU that was down: it starts with nothing remembered.
+                vcpu.arch.flush_tlb()
         scheduler.vcpu_up(vcpu)
     elif cmd == VcpuOp.DOWN:
-        scheduler.vcpu_down(vcpu)
+        _down(vcpu)
     elif cmd == VcpuOp.REGISTER_RUNSTATE_MEMORY_AREA:
         vcpu.runstate_guest_va = _area(caller, arg, RUNSTATE_INFO.size)
         _show_runstate(caller, vcpu)
@@ -117,15 +122,32 @@ def _set_period(vcpu: Vcpu, period_ns: int) -> None:
         vcpu_periodic_timer_work(vcpu)
 
 
-def _initialise(caller: Caller, vcpu: Vcpu, arg: int) -> None:
+def _initialise(caller: Caller, vcpu: Vcpu, cmd: int, vcpu_id: int, arg: int) -> None:
+    """A slice of VCPUOP_initialise; each continuation reads the context again, as Xen's does."""
     if not vcpu.info_maddr:  # still Xen's dummy_vcpu_info: the guest must register one first
         raise XenError(errno.EINVAL)
     data = caller.read(arg, GUEST_CONTEXT_SIZE)
-    with caller.domain.lock:
+    with caller.domain.lock:  # against another that initialises the same vCPU; for half a millisecond at most
         if vcpu.is_initialised:
             raise XenError(errno.EEXIST)
-        vcpu.arch.set_guest_context(data)
+        try:
+            vcpu.arch.set_guest_context(data)
+        except Preempted:
+            raise Preempted((cmd, vcpu_id, arg)) from None
         vcpu.is_initialised = True
+
+
+def _down(vcpu: Vcpu) -> None:
+    """VCPUOP_down. A domain whose last vCPU goes down has ended: it is powered off (Xen 4.7; before, it lay there for
+    ever)."""
+    domain = vcpu.domain
+    scheduler = domain.hypervisor.scheduler
+    with domain.lock:  # two vCPUs that take each other down: one of them is the last
+        last = all(other is vcpu or other.pause_flags & _DOWN for other in domain.vcpus)
+        if not last:
+            scheduler.vcpu_down(vcpu)
+    if last:
+        scheduler.domain_shutdown(domain, ShutdownCode.POWEROFF)
 
 
 def _area(caller: Caller, arg: int, size: int) -> int:

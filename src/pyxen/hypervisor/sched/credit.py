@@ -281,9 +281,8 @@ class CreditScheduler:
         old.nr_vcpus -= 1
         new.nr_vcpus += 1
         if svc.queued:
-            since = svc.queued_ns
             old.remove(svc)
-            new.insert(svc, since)
+            new.insert(svc, self._host.now_ns())  # it has not waited here yet: nobody takes it on at once
 
     def load(self, cpu: int) -> int:
         """How many vCPUs are assigned to a pCPU's run queue."""

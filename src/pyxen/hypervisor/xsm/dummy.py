@@ -101,6 +101,10 @@ class Xsm:
         """*target*."""
         _target(current, domain)
 
+    def map_gmfn_foreign(self, current: Domain, foreign: Domain) -> None:
+        """*target*: put a frame of ``foreign`` into another domain's physmap."""
+        _target(current, foreign)
+
     def claim_pages(self, current: Domain) -> None:
         """*priv*."""
         _privileged(current)

@@ -87,7 +87,7 @@ def _decode32(data: bytes) -> HvmRegisters:
     tr = Segment(0, tr_b, tr_l, attributes_of(tr_a))
     if tr_a & 0xF != 0xB or tr_a & 0x10 or not tr_a & 0x80:
         raise XenError(errno.EINVAL)  # a busy 32-bit TSS, present
-    if not cs_a & 8 or ss_a & 8 or cs_a & 0x200 and not efer & EFER_LMA:
+    if not cs_a & 8 or ss_a & 8 or (cs_a & 0x200 and not efer & EFER_LMA):
         raise XenError(errno.EINVAL)
     if (ss_a >> 5 & 3) != (cs_a >> 5 & 3) or eip > cs.limit:
         raise XenError(errno.EINVAL)

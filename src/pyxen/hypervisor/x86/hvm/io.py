@@ -38,7 +38,7 @@ class PlatformIo:
 
     def read(self, port: int, size: int) -> int:
         """IN. All ones where nothing answers."""
-        if PM1A_STS <= port and port + size <= PM_TMR + 4:
+        if port >= PM1A_STS and port + size <= PM_TMR + 4:
             block = self._pm_block()
             offset = port - PM1A_STS
             return int.from_bytes(block[offset : offset + size], "little")

@@ -59,9 +59,8 @@ def set_param(domain: Domain, current: Domain, index: int, value: int) -> None:
             raise XenError(errno.EINVAL)
         if value != 1:
             raise XenError(errno.ENODEV)  # the PM block of a PVH guest stands at the newer address
-    elif index == HvmParam.TRIPLE_FAULT_REASON and value > 5:
-        raise XenError(errno.EINVAL)
-    elif index == HvmParam.X87_FIP_WIDTH and value not in (0, 4, 8):
+    elif (index == HvmParam.TRIPLE_FAULT_REASON and value > 5) or (
+            index == HvmParam.X87_FIP_WIDTH and value not in (0, 4, 8)):
         raise XenError(errno.EINVAL)
     hvm.params[index] = value
 

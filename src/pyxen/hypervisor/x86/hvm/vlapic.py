@@ -105,7 +105,7 @@ class Vlapic:
         self.spiv = 0xFF
         self.esr = self._esr_next = 0
         self.icr = self.icr2 = 0
-        self.lvt = {reg: _LVT_MASKED for reg in _LVT_VALID}
+        self.lvt = dict.fromkeys(_LVT_VALID, _LVT_MASKED)
         self.tmict = self.tdcr = 0
         self.tsc_deadline = 0
         self._started_ns = 0

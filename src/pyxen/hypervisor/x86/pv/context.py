@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, GuestContext, Vgcf
 from pyxen.errors import XenError
+from pyxen.hypervisor.hypercall import Preempted
 from pyxen.hypervisor.misc_op import VALID_ASSISTS
 from pyxen.hypervisor.x86.msr import canonical
 from pyxen.hypervisor.x86.pv import emulate, gdt, ldt
@@ -41,7 +42,8 @@ def set_guest_context(pv: PvVcpu, data: bytes) -> None:
     """VCPUOP_initialise and XEN_DOMCTL_setvcpucontext. Nothing is changed on an error.
 
     EINVAL: a state no PV vCPU may have, tables that are not the domain's or not acceptable, or a vCPU that has no
-    vcpu_info yet. EOPNOTSUPP: other page, GDT or LDT tables for a vCPU that was set up before.
+    vcpu_info yet. EOPNOTSUPP: other page, GDT or LDT tables for a vCPU that was set up before. Raises
+    hypercall.Preempted when the page tables need more time: call again with the same data.
     """
     if len(data) != GUEST_CONTEXT_SIZE:
         raise XenError(errno.EINVAL)
@@ -111,13 +113,18 @@ def _tables_of(pv: PvVcpu) -> tuple[object, ...]:
 
 
 def _install_tables(pv: PvVcpu, c: GuestContext) -> None:
-    """Page, GDT and LDT tables of a vCPU that has none: all or, with XenError(EINVAL), none."""
+    """Page, GDT and LDT tables of a vCPU that has none: all or, with XenError(EINVAL), none.
+
+    Raises Preempted. A root that is done already then stays the vCPU's (Xen keeps it in old_guest_table), for to drop
+    one that nobody else holds would undo it; the next slice takes it up, whatever tables it is then about.
+    """
     if c.ctrlreg[1] and not c.ctrlreg[1] >> 12:
         raise XenError(errno.EINVAL)
     try:
+        if not install_guest_tables(pv, c.ctrlreg[3] >> 12, c.ctrlreg[1] >> 12):
+            raise Preempted(())
         gdt.set_gdt(pv, list(c.gdt_frames[: (c.gdt_ents + 511) // 512]), c.gdt_ents)
         ldt.set_ldt(pv, c.ldt_base, c.ldt_ents)
-        install_guest_tables(pv, c.ctrlreg[3] >> 12, c.ctrlreg[1] >> 12)
     except XenError:
         gdt.destroy_gdt(pv)
         ldt.set_ldt(pv, 0, 0)

@@ -118,10 +118,12 @@ def forced_op(pv: PvVcpu, cpu: Cpu, rip: int) -> int | None:
 
 
 def _linear(pv: PvVcpu, cpu: Cpu, rip: int) -> int:
-    """Where code in a segment that is not flat (compatibility mode, an LDT's) lies."""
+    """Where code lies whose segment is not known to be flat: of compatibility mode, an LDT's, or changed since."""
     from pyxen.hypervisor.x86.pv import iret
 
     try:
+        if iret.is_flat(pv, cpu.selector(Seg.CS)):
+            return rip
         base = segment_base(iret.find_descriptor(pv, cpu.selector(Seg.CS)))
     except iret.SegmentFault:
         base = 0

@@ -87,7 +87,8 @@ def do_update_descriptor(pv: PvVcpu, maddr: int, descriptor: int) -> int:
         if not hypervisor.frames.update_descriptor(mfn, pv.domain, (maddr & 0xFFF) >> 3, checked):
             raise XenError(errno.EINVAL)
         for vcpu in pv.domain.vcpus:
-            forget_segments(vcpu.pv)
+            if mfn in vcpu.pv.gdt_frames or mfn in vcpu.pv.ldt_frames.values():
+                forget_segments(vcpu.pv)
     finally:
         hypervisor.frames.put_page(mfn)
     return 0

@@ -31,6 +31,8 @@ _SS: Final = int(Seg.SS)
 _CODE64: Final = 0xAFFB00
 _CODE32: Final = 0xCFFB00
 _DATA: Final = 0xCFF300
+_LONG_CODE: Final = 1 << 47 | 1 << 44 | 1 << 43 | 1 << 53
+"""Of a descriptor: present, code or data, code, L."""
 _FLAGS_KEPT: Final = 0x254FD5  # what IRET at CPL 3 may set: arithmetic, TF, DF, NT, RF, AC, ID
 _CANONICAL_LOW: Final = 1 << 47
 _CANONICAL_HIGH: Final = MASK64 + 1 - _CANONICAL_LOW
@@ -55,6 +57,22 @@ def find_descriptor(pv: PvVcpu, selector: int) -> int:
     if index >= pv.gdt_ents:
         raise SegmentFault
     return int(pv.memory.q[(pv.gdt_frames[index >> 9] << 9) + (index & 511)])
+
+
+def is_flat(pv: PvVcpu, selector: int) -> bool:
+    """Whether a code selector that the guest runs with names a 64-bit segment. ``flat_code`` answers for most; what
+    another vCPU's update_descriptor had it forget is looked up again (Xen reads the table too)."""
+    if selector in pv.flat_code:
+        return True
+    try:
+        descriptor = find_descriptor(pv, selector)
+    except SegmentFault:
+        return False
+    if descriptor & _LONG_CODE != _LONG_CODE:
+        return False
+    if not selector & 4:  # an LDT is the guest's to change by ordinary means
+        pv.flat_code.add(selector)
+    return True
 
 
 def load_code(pv: PvVcpu, cpu: Cpu, selector: int) -> None:

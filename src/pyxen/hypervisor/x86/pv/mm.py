@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from pyxen.hypervisor.x86.pv.mm_relinquish import relinquish_memory
-from pyxen.hypervisor.x86.pv.mm_root import get_pg_owner, install_guest_tables, new_guest_cr3
+from pyxen.hypervisor.x86.pv.mm_root import get_pg_owner, install_guest_tables
 from pyxen.hypervisor.x86.pv.mm_va import do_update_va_mapping, do_update_va_mapping_otherdomain
 from pyxen.hypervisor.x86.pv.mmu_update import do_mmu_update
 from pyxen.hypervisor.x86.pv.mmuext import do_mmuext_op
@@ -26,6 +26,5 @@ __all__ = [
     "do_update_va_mapping_otherdomain",
     "get_pg_owner",
     "install_guest_tables",
-    "new_guest_cr3",
     "relinquish_memory",
 ]

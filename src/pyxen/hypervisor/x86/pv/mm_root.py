@@ -8,7 +8,6 @@ get_pg_owner).
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.xen import DOMID_IO, DOMID_SELF, DOMID_XEN, DomId, VmAssist
@@ -84,28 +83,21 @@ def switch_guest_table_user(pv: PvVcpu, mfn: int) -> int:
     return 0
 
 
-def new_guest_cr3(pv: PvVcpu, mfn: int) -> None:
-    """Load a kernel root to the end, in as many goes as it takes (MOV to CR3). XenError(EINVAL) if it cannot be one."""
-    _to_the_end(pv, mfn, switch_guest_table)
-
-
-def install_guest_tables(pv: PvVcpu, kernel_mfn: int, user_mfn: int) -> None:
-    """Give a vCPU both roots (arch_set_info_guest), dropping those it had; ``user_mfn`` 0 for none.
-    XenError(EINVAL)."""
-    _to_the_end(pv, kernel_mfn, switch_guest_table)
-    _to_the_end(pv, user_mfn, switch_guest_table_user)
-
-
-def _to_the_end(pv: PvVcpu, mfn: int, switch: Callable[[PvVcpu, int], int]) -> None:
+def install_guest_tables(pv: PvVcpu, kernel_mfn: int, user_mfn: int) -> bool:
+    """Give a vCPU both roots (arch_set_info_guest), dropping those it had; ``user_mfn`` 0 for none. A slice of it:
+    False if it is to be called again. XenError(EINVAL): one of them is no root."""
     frames = pv.domain.hypervisor.frames
-    rc = -ERESTART
-    while rc == -ERESTART:
-        frames.lock.acquire()
-        try:
-            frames.start_budget()
-            if frames.put_deferred(pv.domain.domid):
-                rc = switch(pv, mfn)
-        finally:
-            frames.release()
-    if rc:
-        raise XenError(-rc)
+    frames.lock.acquire()
+    try:
+        frames.start_budget()
+        if not frames.put_deferred(pv.domain.domid):
+            return False
+        for mfn, switch in ((kernel_mfn, switch_guest_table), (user_mfn, switch_guest_table_user)):
+            rc = switch(pv, mfn)
+            if rc == -ERESTART:
+                return False
+            if rc:
+                raise XenError(-rc)
+        return True
+    finally:
+        frames.release()

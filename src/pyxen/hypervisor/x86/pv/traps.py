@@ -119,7 +119,7 @@ class PvTraps:
         gpr = cpu.gpr
         flags = cpu.flags
         callback, cs = pv.syscall_callback, FLAT_RING3_CS64
-        if cpu.selector(1) not in pv.flat_code:  # compatibility mode
+        if (cs_now := cpu.selector(1)) not in pv.flat_code and not iret.is_flat(pv, cs_now):  # compatibility mode
             callback, cs = pv.syscall32_callback, FLAT_RING3_CS32
         if not callback:
             return pv.inject(6, None, next_rip - 2 & MASK64)

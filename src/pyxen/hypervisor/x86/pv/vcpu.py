@@ -449,6 +449,11 @@ class PvVcpu:
             self._first_entry(cpu)
         if self.flush_wanted:
             self.flush_engine(cpu)
+        if not (self.kernel_mode or self.exact):
+            root = self.guest_table if self._shares_root() else self.guest_table_user
+            if root != self.root_loaded:  # another vCPU changed one of this one's L4s meanwhile
+                self.root_loaded = root
+                cpu.set_cr3(root << 12)
         evtchn = self.domain.evtchn
         if evtchn.posted:
             evtchn.apply_posted()
