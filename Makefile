@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-# make demo: boot Debian's kernel.  make test: everything CI runs.  The rest is for people who work on pyxen.
+# make demo: boot Debian's kernel, as a PV and as a PVH guest.  make test: everything CI runs.  The rest is for people who work on pyxen.
 
 PYTHON  ?= python3
 VENV    ?= .venv

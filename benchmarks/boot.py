@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """Linux to poweroff: CPU time of pyxen over that of ``qemu-system-x86_64 -accel tcg``, same kernel, same initramfs.
 
+Contestants are the PV guest in both modes and the PVH guest; with one vCPU against qemu, and with ``--vcpus`` (4)
+against themselves with one.
+
 Runs are interleaved, so that a busy minute of the machine hits all contestants. CPU time is that of every process
 involved, host daemon and ``xl`` included, from nothing running to nothing running; the wall time printed beside it is
 from the command to the guest's first user line. The guest does a fixed piece of work (pyxen.mode=bench), then powers
 off.
 
-    benchmarks/boot.py [--runs N] [--check]
+    benchmarks/boot.py [--runs N] [--vcpus N] [--kinds exact,fast,pvh] [--check]
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 MEMORY_MB = 256
 TIMEOUT_S = 180
-LIMITS = {"exact": 2.2, "fast": 1.8}
+LIMITS = {"exact": 2.2, "fast": 1.8, "pvh": 1.5}
+"""CPU time of one vCPU's boot over qemu's."""
+SMP_LIMIT = 1.3
+"""CPU time of a boot with several vCPUs over that with one."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -102,14 +108,16 @@ def run_qemu(guest: Path) -> Run:
     return Run(children_cpu() - before, first_line)
 
 
-def run_pyxen(mode: str) -> Run:
+def run_pyxen(kind: str, vcpus: int) -> Run:
+    config = "examples/debian-pvh.cfg" if kind == "pvh" else "examples/debian-pv.cfg"
+    mode = [] if kind == "pvh" else [f'pv_mode="{kind}"']
     with tempfile.TemporaryDirectory(prefix="pyxen-bench-") as folder:
         env = {**os.environ, "PYXEN_RUNDIR": f"{folder}/run"}
         before = children_cpu()
         try:
             first_line = watch(
-                [str(BIN / "xl"), "create", "-c", str(ROOT / "examples/debian-pv.cfg"), f"memory={MEMORY_MB}",
-                 'extra="console=hvc0 quiet pyxen.mode=bench"', f'pv_mode="{mode}"', 'on_crash="destroy"'],
+                [str(BIN / "xl"), "create", "-c", str(ROOT / config), f"memory={MEMORY_MB}", f"vcpus={vcpus}",
+                 'extra="console=hvc0 quiet pyxen.mode=bench"', 'on_crash="destroy"', *mode],
                 env,
             )  # fmt: skip
         finally:
@@ -121,8 +129,13 @@ def run_pyxen(mode: str) -> Run:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Linux to poweroff: pyxen over qemu's TCG, in CPU time")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--vcpus", type=int, default=4, help="also with this many vCPUs (4; 1: not)")
+    parser.add_argument("--kinds", default=",".join(LIMITS), help="which guests (%(default)s)")
     parser.add_argument("--check", action="store_true", help="exit 1 when a ratio is above its limit")
     arguments = parser.parse_args()
+    kinds = arguments.kinds.split(",")
+    if not set(kinds) <= set(LIMITS):
+        parser.error(f"--kinds: {arguments.kinds} (there are {', '.join(LIMITS)})")
     if shutil.which("qemu-system-x86_64") is None:
         sys.exit("qemu-system-x86_64 is not installed (Debian: qemu-system-x86)")
     guest = guest_dir("debian")
@@ -132,23 +145,32 @@ def main() -> int:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         sys.exit("cannot become a subreaper")
 
-    results: dict[str, list[Run]] = {"qemu": [], "exact": [], "fast": []}
+    contestants = [("qemu", 1)]
+    for kind in kinds:
+        contestants += [(kind, vcpus) for vcpus in dict.fromkeys((1, arguments.vcpus))]
+    results: dict[tuple[str, int], list[Run]] = {contestant: [] for contestant in contestants}
     for number in range(arguments.runs):
-        for name, runs in results.items():
-            run = run_qemu(guest) if name == "qemu" else run_pyxen(name)
+        for (name, vcpus), runs in results.items():
+            run = run_qemu(guest) if name == "qemu" else run_pyxen(name, vcpus)
             runs.append(run)
-            print(f"run {number + 1}: {name:<6} {run.cpu:6.2f} CPU s, first user line after {run.first_line:5.2f} s",
-                  flush=True)
-    base = statistics.median(run.cpu for run in results["qemu"])
-    print(f"\n{'':<8}{'CPU s':>8}{'ratio':>8}{'limit':>8}{'first line':>13}   (medians of {arguments.runs})")
+            print(f"run {number + 1}: {_label(name, vcpus):<8} {run.cpu:6.2f} CPU s, "
+                  f"first user line after {run.first_line:5.2f} s", flush=True)
+    cpu = {contestant: statistics.median(run.cpu for run in runs) for contestant, runs in results.items()}
+    print(f"\n{'':<10}{'CPU s':>8}{'ratio':>8}{'limit':>8}  {'of':<8}first line   (medians of {arguments.runs})")
     failed = False
-    for name, runs in results.items():
-        cpu = statistics.median(run.cpu for run in runs)
-        limit = LIMITS.get(name)
-        failed |= limit is not None and cpu / base > limit
+    for (name, vcpus), runs in results.items():
+        base, limit = (name, 1) if vcpus > 1 else ("qemu", 1), SMP_LIMIT if vcpus > 1 else LIMITS.get(name)
+        ratio = cpu[name, vcpus] / cpu[base]
+        failed |= limit is not None and ratio > limit
         shown = f"{limit:8.1f}" if limit is not None else f"{'':8}"
-        print(f"{name:<8}{cpu:8.2f}{cpu / base:8.2f}{shown}{statistics.median(run.first_line for run in runs):11.2f} s")
+        first_line = statistics.median(run.first_line for run in runs)
+        print(f"{_label(name, vcpus):<10}{cpu[name, vcpus]:8.2f}{ratio:8.2f}{shown}  {_label(*base):<8}"
+              f"{first_line:8.2f} s")
     return 1 if failed and arguments.check else 0
+
+
+def _label(name: str, vcpus: int) -> str:
+    return name if vcpus == 1 else f"{name} x{vcpus}"
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from pyxen.machine.cpu.base import Cpu
 from pyxen.machine.memory import PAGE_SIZE, Memory
 from pyxen.machine.topology import Topology
 from pyxen.toolstack import info, store_entries
-from pyxen.toolstack.build import pv_builder
-from pyxen.toolstack.build.kernel import KernelImage
-from pyxen.toolstack.config import DomainConfig, parse
+from pyxen.toolstack.build import pv_builder, pvh_builder
+from pyxen.toolstack.build.kernel import KernelImage, PvhImage
+from pyxen.toolstack.config import FEATURES, DomainConfig, parse
 from pyxen.toolstack.consoles import Consoles
 from pyxen.toolstack.dom0_store import Dom0Store
 from pyxen.toolstack.domains import DOM0_NAME, DomainRecord, DomainTable, EventLog, LifeEvent, UnknownDomain
@@ -198,7 +198,9 @@ class Host:
         self.executor = executor
         self.consoles = Consoles(self.privcmd, self.rundir)
         services = Services(self.privcmd, self.store, self.store, self.consoles, self._build, self._now_unix, executor)
-        self.operations = Operations(services, self.table, self.events, default_pv_mode=self.pv_mode)
+        self.operations = Operations(
+            services, self.table, self.events, features=FEATURES, default_pv_mode=self.pv_mode
+        )
         stack.push_async_callback(self._destroy_all)
         self.lifecycle = Lifecycle(self.operations)
         if self._minimum_life_s is not None:
@@ -230,22 +232,23 @@ class Host:
         self,
         privcmd: PrivCmd,
         record: DomainRecord,
-        kernel: KernelImage,
+        kernel: KernelImage | PvhImage,
         ramdisk: bytes | None,
         store_port: EvtchnPort,
         console_port: EvtchnPort,
     ) -> BuiltRings:
-        built = await pv_builder.build(
-            privcmd,
-            record.domid,
-            kernel,
-            ramdisk,
-            record.config.cmdline or "",
-            record.config.memory_mb * 256,
-            store_port=store_port,
-            console_port=console_port,
+        """The builder of the guest's kind (toolstack.services.Builder)."""
+        config, cmdline, pages = record.config, record.config.cmdline or "", record.config.memory_mb * 256
+        if isinstance(kernel, PvhImage):
+            pvh = await pvh_builder.build(
+                privcmd, record.domid, kernel, ramdisk, cmdline, pages,
+                vcpus=config.max_vcpus, store_port=store_port, console_port=console_port,
+            )  # fmt: skip
+            return BuiltRings(pvh.store_gfn, pvh.console_gfn)
+        pv = await pv_builder.build(
+            privcmd, record.domid, kernel, ramdisk, cmdline, pages, store_port=store_port, console_port=console_port
         )
-        return BuiltRings(built.store_gfn, built.console_gfn)
+        return BuiltRings(pv.store_gfn, pv.console_gfn)
 
     # --- domains ----------------------------------------------------------------------------------
 

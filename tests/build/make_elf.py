@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Build small ELF64 kernels and bzImages in memory, good and bad ones."""
+"""Build small ELF kernels and bzImages in memory, good and bad ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pyxen.abi.elfnote import XenElfNote
 EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 PHDR = struct.Struct("<IIQQQQQQ")
 SHDR = struct.Struct("<IIQQQQIIQQ")
+EHDR32 = struct.Struct("<16sHHIIIIIHHHHHH")
+PHDR32 = struct.Struct("<8I")
+SHDR32 = struct.Struct("<10I")
 VIRT_BASE = 0xFFFFFFFF80000000
 
 
@@ -59,16 +62,18 @@ class Kernel:
     entry: int = 0x100000
     machine: int = 62
     kind: int = 2
+    bits: int = 64
 
     def build(self) -> bytes:
+        ehdr_form, phdr_form, shdr_form = (EHDR, PHDR, SHDR) if self.bits == 64 else (EHDR32, PHDR32, SHDR32)
         segments: list[tuple[int, ...]] = []
         blobs = b""
         phnum = len(self.loads) + (1 if self.notes and not self.notes_in_section else 0)
-        base = EHDR.size + PHDR.size * phnum
+        base = ehdr_form.size + phdr_form.size * phnum
         for load in self.loads:
             size = len(load.data) if load.size is None else load.size
             offset = base + len(blobs)
-            segments.append((1, load.flags, offset, load.paddr + VIRT_BASE & (1 << 64) - 1, load.paddr,
+            segments.append((1, load.flags, offset, load.paddr + VIRT_BASE & (1 << self.bits) - 1, load.paddr,
                              len(load.data), size, 4096))  # fmt: skip
             blobs += load.data
         note_offset = base + len(blobs)
@@ -85,13 +90,17 @@ class Kernel:
             blobs += raw
         sections.append((names.index(b".shstrtab"), 3, 0, 0, base + len(blobs), len(names), 0, 0, 1, 0))
         blobs += names
-        ehdr = EHDR.pack(b"\x7fELF\x02\x01\x01".ljust(16, b"\0"), self.kind, self.machine, 1, self.entry, EHDR.size,
-                         base + len(blobs), 0, EHDR.size, PHDR.size, phnum, SHDR.size, len(sections), len(sections) - 1)
+        ident = b"\x7fELF" + bytes((self.bits // 32, 1, 1))
+        ehdr = ehdr_form.pack(ident.ljust(16, b"\0"), self.kind, self.machine, 1, self.entry, ehdr_form.size,
+                              base + len(blobs), 0, ehdr_form.size, phdr_form.size, phnum, shdr_form.size,
+                              len(sections), len(sections) - 1)
+        if self.bits == 32:  # the flags come later there
+            segments = [(s[0], *s[2:7], s[1], s[7]) for s in segments]
         return (
             ehdr
-            + b"".join(PHDR.pack(*segment) for segment in segments)
+            + b"".join(phdr_form.pack(*segment) for segment in segments)
             + blobs
-            + b"".join(SHDR.pack(*section) for section in sections)
+            + b"".join(shdr_form.pack(*section) for section in sections)
         )
 
 
@@ -99,6 +108,16 @@ def xen_kernel(*more: bytes, loads: list[Load] | None = None) -> bytes:
     """A good kernel whose entry is the start of its first segment."""
     kernel = Kernel() if loads is None else Kernel(loads=loads)
     kernel.notes = xen_notes(kernel.loads[0].paddr + VIRT_BASE, *more)
+    return kernel.build()
+
+
+def pvh_kernel(*more: bytes, loads: list[Load] | None = None, bits: int = 64, entry: int | None = None) -> bytes:
+    """A kernel with nothing but PHYS32_ENTRY, the start of its first segment unless ``entry`` says otherwise."""
+    kernel = Kernel(bits=bits, machine=62 if bits == 64 else 3)
+    if loads is not None:
+        kernel.loads = loads
+    at = kernel.loads[0].paddr if entry is None else entry
+    kernel.notes = note(XenElfNote.PHYS32_ENTRY, at.to_bytes(bits // 8, "little")) + b"".join(more)
     return kernel.build()
 
 

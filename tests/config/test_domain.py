@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pyxen.errors import ConfigError
 from pyxen.toolstack.config import (
+    FEATURES,
     DomainConfig,
     HostCpus,
     Running,
@@ -27,6 +28,7 @@ from pyxen.toolstack.config import (
 from pyxen.toolstack.config.options import OPTIONS
 
 UUID = "11111111-2222-3333-4444-555555555501"
+HOST = HostCpus(8, ((0, 1, 2, 3), (4, 5, 6, 7)))
 BASE = f'name="x"\nkernel="/k"\nuuid="{UUID}"\n'
 
 # The basic file without disks and vifs, as xl prints it.
@@ -105,6 +107,107 @@ def test_hvm_and_pvh_shapes() -> None:
     hvm = to_json(parse('name="x"\nbuilder="hvm"', "F"))
     assert hvm["b_info"]["type.hvm"] == {"vga": {}, "vnc": {}, "sdl": {}, "spice": {}, "rdm": {}}  # type: ignore[index,call-overload]
     assert parse('name="x"\ntype="pvh"\nkernel="k"', "F").type == "pvh"
+
+
+# cfg/02-pvh.cfg of the oracle, without what later versions do.
+PVH_CFG = """\
+name = "pvh1"
+type = "pvh"
+uuid = "11111111-2222-3333-4444-555555555502"
+kernel = "/boot/vmlinuz"
+ramdisk = "/boot/initrd"
+cmdline = "root=/dev/xvda console=hvc0"
+memory = 256
+vcpus = 1
+cpus = "0-1,^1"
+cpus_soft = "all"
+cpu_weight = 512
+cap = 50
+pool = "Pool-0"
+"""
+
+
+def test_pvh_dry_run_prints_what_xl_prints() -> None:
+    assert to_json(parse(PVH_CFG, "F"), host=HOST) == {
+        "c_info": {
+            "type": "pvh",
+            "name": "pvh1",
+            "uuid": "11111111-2222-3333-4444-555555555502",
+            "pool_name": "Pool-0",
+            "run_hotplug_scripts": "True",
+        },
+        "b_info": {
+            "max_vcpus": 1,
+            "avail_vcpus": [0],
+            "vcpu_hard_affinity": [[0]],
+            "vcpu_soft_affinity": [[0, 1, 2, 3, 4, 5, 6, 7]],
+            "numa_placement": "False",
+            "max_memkb": 262144,
+            "target_memkb": 262144,
+            "sched_params": {"weight": 512, "cap": 50},
+            "claim_mode": "True",
+            "kernel": "/boot/vmlinuz",
+            "cmdline": "root=/dev/xvda console=hvc0",
+            "ramdisk": "/boot/initrd",
+            "type.pvh": {},
+            "arch_arm": {},
+            "arch_x86": {},
+        },
+        "on_reboot": "restart",
+        "on_soft_reset": "soft_reset",
+    }
+
+
+def test_long_list_shape_of_a_running_pvh_domain() -> None:
+    """As the oracle's xl-list-l-pvh.json, without its disk and vif."""
+    config = parse(BASE + "type='pvh'\nmemory=96\nvcpus=1\nramdisk='r'\ncmdline='c'\non_crash='preserve'", "F")
+    document = to_json(config, running=Running(target_memkb=98304, max_memkb=98304, weight=256, cap=0))
+    assert document["c_info"]["type"] == "pvh"  # type: ignore[index,call-overload]
+    assert list(document["b_info"].items()) == [  # type: ignore[union-attr]
+        ("max_vcpus", 1),
+        ("avail_vcpus", [0]),
+        ("tsc_mode", "native"),
+        ("max_memkb", 98304),
+        ("target_memkb", 98304),
+        ("video_memkb", 0),
+        ("sched_params", {"sched": "credit", "weight": 256, "cap": 0}),
+        ("claim_mode", "True"),
+        ("kernel", "/k"),
+        ("cmdline", "c"),
+        ("ramdisk", "r"),
+        ("type.pvh", {}),
+        ("arch_arm", {}),
+        ("arch_x86", {"msr_relaxed": "False"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("hap=1\nacpi=1\napic=1\nnestedhvm=0\naltp2m='disabled'\npvshim=0", []),
+        ("altp2m='mixed'", ["altp2m"]),
+        ("hap=0", ["hap"]),
+        ("acpi=0\napic=0", ["acpi", "apic"]),
+        ("nestedhvm=1", ["nestedhvm"]),
+        ("pvshim=1", ["pvshim"]),
+        ("vga='stdvga'\nbios='seabios'\nusb=1\nhpet=1\nviridian=1", []),  # xl reads them for HVM only
+        ("vcpus=4\nmaxvcpus=128", []),
+        ("pvh=1", ["pvh"]),
+    ],
+)
+def test_options_of_pvh_domains(text: str, names: list[str]) -> None:
+    assert unsupported(parse(BASE + "type='pvh'\n" + text, "F"), FEATURES) == names
+
+
+def test_what_pvh_domains_cannot_have() -> None:
+    error = refusal_to_create(BASE + "type='pvh'\nmemory=64\nmaxmem=128", *FEATURES)
+    assert "populate-on-demand" in str(error)
+    check_creatable(parse(BASE + "type='pv'\nmemory=64\nmaxmem=128", "F"), FEATURES)
+    assert "at most 128 vCPUs" in str(refusal_to_create(BASE + "type='pvh'\nmemory=64\nvcpus=129", *FEATURES))
+    assert "at most 128 vCPUs" in str(refusal_to_create(BASE + "memory=64\nmaxvcpus=129", *FEATURES))
+    assert 'type = "pvh"' in (refusal_to_create(BASE + "type='hvm'\nmemory=64", *FEATURES).hint or "")
+    assert refusal(BASE + "type='pvh'\nbuilder='generic'") == 'Contradicting "builder" and "type" options specified.'
 
 
 def test_long_list_shape_of_a_running_domain() -> None:
@@ -251,6 +354,7 @@ def test_host_features_widen_what_can_be_made() -> None:
     config = parse(BASE + "vcpus=2\ncpus='0'\npool='p'", "F")
     assert unsupported(config, {"affinity", "pool"}) == []
     assert unsupported(parse(BASE + "type='pvh'", "F"), {"pvh"}) == []
+    assert unsupported(parse(BASE + "pvh=1", "F"), {"pvh"}) == ["pvh"]
 
 
 def test_refusal_names_the_option_and_what_to_do() -> None:
@@ -294,8 +398,6 @@ def test_bytes_that_are_not_utf8_travel_through() -> None:
     with pytest.raises(ConfigError, match="not text"):
         parse(BASE + 'cmdline="\ud800"', "F")
 
-
-HOST = HostCpus(8, ((0, 1, 2, 3), (4, 5, 6, 7)))
 
 
 @pytest.mark.parametrize(

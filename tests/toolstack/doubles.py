@@ -13,6 +13,7 @@ from pathlib import Path
 from pyxen.abi.xen import DomId
 from pyxen.errors import XenError
 from pyxen.toolstack import store_entries
+from pyxen.toolstack.config import FEATURES
 from pyxen.toolstack.domains import DomainRecord, DomainTable, EventLog
 from pyxen.toolstack.operations import Operations
 from pyxen.toolstack.services import BuiltRings, Services
@@ -28,6 +29,7 @@ class FakeDomain:
     shutdown: bool = False
     shutdown_code: int = -1
     domid: int = 0
+    kind: str = "pv"
 
     @property
     def tot_pages(self) -> int:
@@ -59,11 +61,13 @@ class FakePrivCmd:
             raise XenError(errno.ESRCH)
         return self.domains[domid]
 
-    def domain_create(self, handle: bytes, *, max_vcpus: int, pv_mode: str) -> DomId:
+    def domain_create(
+        self, handle: bytes, *, max_vcpus: int, kind: str = "pv", pv_mode: str = "exact"
+    ) -> DomId:
         self._call("domain_create")
         domid = self.next_domid
         self.next_domid += 1
-        self.domains[domid] = FakeDomain(handle, domid=domid)
+        self.domains[domid] = FakeDomain(handle, domid=domid, kind=kind)
         return DomId(domid)
 
     async def domain_destroy(self, domid: int) -> None:
@@ -245,7 +249,7 @@ class Bench:
             lambda: self.now,
             self.executor,
         )
-        self.operations = Operations(services, self.table, self.events)
+        self.operations = Operations(services, self.table, self.events, features=FEATURES)
 
     def snapshot(self) -> dict[str, object]:
         """Everything a domain could have left behind."""

@@ -16,7 +16,7 @@ from pyxen.errors import ConfigError, HostError, ImageError, PyxenError
 from pyxen.toolstack.config import parse
 from pyxen.toolstack.domains import DomainRecord, Phase, UnknownDomain
 from pyxen.toolstack.services import to_the_end
-from tests.build.make_elf import xen_kernel
+from tests.build.make_elf import pvh_kernel, xen_kernel
 from tests.toolstack.doubles import Bench
 
 
@@ -82,18 +82,28 @@ def test_create_makes_a_domain_that_xenstore_describes_as_libxl_does(bench: Benc
     assert bench.registry.introduced == {1: (0x1001, 1)}
 
 
-def test_nodes_have_the_paths_and_permissions_of_a_real_host(bench: Bench, tmp_path: Path) -> None:
-    """Everything libxl wrote for the oracle's PV domain 3, but for its disk, vif and what its kernel wrote itself."""
+@pytest.mark.parametrize(
+    ("kind", "domid", "uuid"),
+    [("pv", 3, "507644cf-a9b1-40ed-8c62-27c244f5c977"), ("pvh", 5, "4f65319e-1fac-46d6-a8a1-6f5c9919f30c")],
+)
+def test_nodes_have_the_paths_and_permissions_of_a_real_host(
+    bench: Bench, tmp_path: Path, kind: str, domid: int, uuid: str
+) -> None:
+    """Everything libxl wrote for the oracle's domains, but for their disks, vifs and what their kernels wrote."""
     oracle = Path("/work/shared/oracle/state/xenstore-ls-fp.txt")
     if not oracle.exists():
         pytest.skip("the oracle's outputs are not on this machine")
-    bench.privcmd.next_domid = 3
-    record = asyncio.run(bench.operations.create(config(tmp_path, "pv", 'cmdline = "x"')))
+    bench.privcmd.next_domid = domid
+    (tmp_path / "kernel").write_bytes(pvh_kernel() if kind == "pvh" else xen_kernel())
+    record = asyncio.run(bench.operations.create(config(tmp_path, kind, 'cmdline = "x"', f'type = "{kind}"')))
     ours = {path.replace(str(record.uuid), "UUID"): permissions for path, (_, permissions) in bench.store.nodes.items()}
     for line in oracle.read_text().splitlines():
         path, _, rest = line.partition(" = ")
-        path = path.replace("507644cf-a9b1-40ed-8c62-27c244f5c977", "UUID")
-        homes = ("/local/domain/3", "/libxl/3", "/vm/UUID", "/local/domain/0/backend/console/3")
+        path = path.replace(uuid, "UUID")
+        homes = tuple(
+            f"{home}/" for home in (f"/local/domain/{domid}", f"/libxl/{domid}", "/vm/UUID",
+                                    f"/local/domain/0/backend/console/{domid}")
+        )  # fmt: skip
         if "/vbd" in path or "/vif" in path or not path.startswith(homes):
             continue
         permissions = tuple(rest.rpartition("(")[2].rstrip(")").split(","))
@@ -104,6 +114,24 @@ def test_nodes_have_the_paths_and_permissions_of_a_real_host(bench: Bench, tmp_p
         if rest.startswith('""') and path.endswith(("/device", "/device/console")):
             continue
         assert ours[path] == permissions, path
+    if kind == "pvh":
+        assert bench.store.nodes[f"/libxl/{domid}/type"][0] == b"pvh"
+        assert not [path for path in ours if "/image" in path]
+
+
+def test_a_pvh_domain_has_its_own_loader_and_kind_and_no_pv_mode(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(pvh_kernel())
+    record = asyncio.run(bench.operations.create(config(tmp_path, "one", 'type = "pvh"', "vcpus = 4")))
+    assert bench.privcmd.domains[record.domid].kind == "pvh"
+    assert record.pv_mode is None
+    with pytest.raises(ConfigError, match='this is type = "pvh"'):
+        asyncio.run(bench.operations.create(config(tmp_path, "two", 'type = "pvh"'), pv_mode="fast"))
+    with pytest.raises(ImageError, match="no Xen notes|wants the"):
+        asyncio.run(bench.operations.create(config(tmp_path, "three")))
+    (tmp_path / "kernel").write_bytes(xen_kernel())
+    with pytest.raises(ImageError, match="no PHYS32_ENTRY"):
+        asyncio.run(bench.operations.create(config(tmp_path, "four", 'type = "pvh"')))
+    assert [record.name for record in bench.table] == ["one"]
 
 
 def test_paused_stays_paused_and_destroy_returns_everything(bench: Bench, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ class Domctl(IntEnum):
     UNPAUSEDOMAIN = 4
     GETDOMAININFO = 5
     SETVCPUAFFINITY = 9
+    SHADOW_OP = 10
     MAX_MEM = 11
     SETVCPUCONTEXT = 12
     GETVCPUCONTEXT = 13
@@ -33,6 +34,9 @@ class Domctl(IntEnum):
     GETVCPUAFFINITY = 25
     RESUMEDOMAIN = 27
     HYPERCALL_INIT = 29
+    GETHVMCONTEXT = 33
+    SETHVMCONTEXT = 34
+    GETHVMCONTEXT_PARTIAL = 55
     SET_MAX_EVTCHN = 70
 
 
@@ -65,6 +69,20 @@ SCHEDULER_OP: Final = struct.Struct("<IIHH")
 """sched_id, cmd, then for credit: weight, cap."""
 HYPERCALL_INIT: Final = struct.Struct("<Q")
 """gmfn."""
+CDF_HVM_GUEST: Final = 1 << 0
+CDF_HAP: Final = 1 << 1
+CDF_PVH_GUEST: Final = 1 << 4
+"""XEN_DOMCTL_CDF_pvh_guest: 4.6's own PVH, of which there is no more."""
+SHADOW_OP: Final = struct.Struct("<III4xQQII")
+"""struct xen_domctl_shadow_op: op, mode, mb, dirty_bitmap (handle), pages, stats (fault_count, dirty_count)."""
+SHADOW_OP_OFF: Final = 0
+SHADOW_OP_ENABLE: Final = 32
+SHADOW_OP_CLEAN: Final = 11
+SHADOW_OP_PEEK: Final = 12
+SHADOW_OP_GET_ALLOCATION: Final = 30
+SHADOW_OP_SET_ALLOCATION: Final = 31
+SHADOW_ENABLE_LOG_DIRTY: Final = 1 << 2
+SHADOW_OP_ENABLE_LOGDIRTY: Final = 2
 INVALID_MAX_VCPU_ID: Final = 0xFFFFFFFF
 SCHEDULER_CREDIT: Final = 5
 SCHEDOP_PUTINFO: Final = 0

@@ -57,6 +57,21 @@ FOREIGN_MEMORY_MAP: Final = struct.Struct("<H6xI4xQ")
 """struct xen_foreign_memory_map: domid, then struct xen_memory_map."""
 EXCHANGE: Final = struct.Struct("<QQIIH6xQQIIH6xQ")
 """struct xen_memory_exchange: in, out (reservations), nr_exchanged."""
+class MapSpace(IntEnum):
+    """``XENMAPSPACE_*``."""
+
+    SHARED_INFO = 0
+    GRANT_TABLE = 1
+    GMFN = 2
+    GMFN_RANGE = 3
+    GMFN_FOREIGN = 4
+
+
+XENMAPIDX_GRANT_TABLE_STATUS: Final = 0x80000000
+ADD_TO_PHYSMAP: Final = struct.Struct("<HHIQQ")
+"""struct xen_add_to_physmap: domid, size (of a gmfn_range), space, idx, gpfn."""
+ADD_TO_PHYSMAP_BATCH: Final = struct.Struct("<HHHHQQQ")
+"""struct xen_add_to_physmap_batch: domid, space, size, foreign_domid, then handles: idxs, gpfns, errs."""
 E820ENTRY: Final = struct.Struct("<QQI")
 """struct e820entry, packed: address, size, type."""
 E820_RAM: Final = 1

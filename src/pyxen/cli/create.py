@@ -10,7 +10,7 @@ from pyxen.cli.client import Client
 from pyxen.cli.getopt import getopt
 from pyxen.cli.report import Failure
 from pyxen.cli.xl import Context
-from pyxen.toolstack.config import ConfigSyntaxError, DomainConfig, dumps, parse, to_json, unsupported
+from pyxen.toolstack.config import FEATURES, ConfigSyntaxError, DomainConfig, dumps, parse, to_json, unsupported
 from pyxen.toolstack.config.syntax import MAX_TEXT_CHARS
 
 TYPE_CHECKING = False
@@ -62,7 +62,7 @@ def create(args: list[str], context: Context) -> int:
         print(dumps(to_json(config)))
         sys.stdout.flush()
     if dry_run:
-        for name in unsupported(config):
+        for name in unsupported(config, FEATURES):
             print(f"warning: option `{name}' is not supported by this version of pyxen", file=sys.stderr)
         return 0
     client = Client()

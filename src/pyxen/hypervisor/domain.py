@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.event_channel import EventChannels
     from pyxen.hypervisor.grant_table import GrantTable
     from pyxen.hypervisor.hypervisor import Hypervisor
+    from pyxen.hypervisor.log_dirty import LogDirty
     from pyxen.hypervisor.rendezvous import Inside
     from pyxen.hypervisor.timer import Timer
     from pyxen.hypervisor.vcpu import Vcpu
+    from pyxen.hypervisor.x86.hvm.domain import HvmDomain
     from pyxen.hypervisor.x86.pv.domain import PvDomain
 
 
@@ -88,6 +90,9 @@ class Domain:
         self.arch: ArchDomain
         """``pv`` or ``hvm``, whichever there is."""
         self.pv: PvDomain
+        self.hvm: HvmDomain
+        self.log_dirty: LogDirty | None = None
+        """While the frames that are written are remembered (log_dirty.py)."""
         # Scheduler's private data and its parameters
         self.sched_data: object = None
         self.watchdogs: list[Timer | None] = []

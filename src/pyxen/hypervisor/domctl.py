@@ -9,7 +9,7 @@ of privcmd, which act through the same functions.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pyxen.abi import domctl as abi
 from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, Vgcf
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def getdomaininfo(domain: Domain) -> bytes:
     """struct xen_domctl_getdomaininfo of one domain."""
-    flags = DomInf(0)
+    flags = DomInf.HVM_GUEST if domain.is_hvm else DomInf(0)
     if domain.dying is not Dying.ALIVE:
         flags |= DomInf.DYING
     if domain.is_shut_down:
@@ -99,6 +99,8 @@ def set_max_mem(domain: Domain, kb: int) -> None:
     if domain.dying is not Dying.ALIVE:
         raise XenError(errno.EINVAL)
     domain.max_pages = kb >> 2
+    if domain.is_hvm:
+        domain.hvm.max_mem_changed()
 
 
 def pause_by_controller(domain: Domain) -> None:
@@ -123,9 +125,12 @@ def _create(hypervisor: Hypervisor, request: bytes, wanted: int) -> int:
     from pyxen.hypervisor.lifecycle import domain_create
 
     _ssidref, handle, flags = abi.CREATEDOMAIN.unpack_from(request, abi.UNION)
-    if flags:
-        raise XenError(errno.EINVAL)  # HVM and PVH are not built here yet
-    return domain_create(hypervisor, handle, 1, "exact", wanted).domid
+    if flags & ~(abi.CDF_HVM_GUEST | abi.CDF_HAP):
+        raise XenError(errno.EINVAL)  # 4.6's own PVH among them: there is no more of it
+    if flags & abi.CDF_HAP and not flags & abi.CDF_HVM_GUEST:
+        raise XenError(errno.EINVAL)
+    kind: Literal["pv", "pvh"] = "pvh" if flags & abi.CDF_HVM_GUEST else "pv"
+    return domain_create(hypervisor, handle, 1, "exact", wanted, kind=kind).domid
 
 
 def do_domctl(caller: Caller, arg: int) -> int:
@@ -205,8 +210,37 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         caller.write(union, abi.SCHEDULER_OP.pack(scheduler_id, what, weight, cap))
     elif command == Domctl.SET_MAX_EVTCHN:
         domain.evtchn.max_port = min(int.from_bytes(request[abi.UNION : abi.UNION + 4], "little"), MAX_EVTCHN_PORT)
+    elif command == Domctl.SHADOW_OP:
+        return shadow_op(caller, union, request, domain)
     elif command == Domctl.HYPERCALL_INIT:
         hypercall_page.initialise(domain, abi.HYPERCALL_INIT.unpack_from(request, abi.UNION)[0])
     else:
         raise XenError(errno.ENOSYS)
+    return 0
+
+
+def shadow_op(caller: Caller, union: int, request: bytes, domain: Domain) -> int:
+    """XEN_DOMCTL_shadow_op: log-dirty, and the size of the paging pool. XenError: EINVAL, ENOMEM, EFAULT."""
+    from pyxen.hypervisor import log_dirty
+
+    op, mode, mb, bitmap, pages, faults, dirty = abi.SHADOW_OP.unpack_from(request, abi.UNION)
+    if op == abi.SHADOW_OP_ENABLE_LOGDIRTY or (op == abi.SHADOW_OP_ENABLE and mode == abi.SHADOW_ENABLE_LOG_DIRTY):
+        log_dirty.enable(domain)
+    elif op == abi.SHADOW_OP_OFF:
+        log_dirty.disable(domain)
+    elif op in (abi.SHADOW_OP_CLEAN, abi.SHADOW_OP_PEEK):
+        pages = min(pages, log_dirty.MAX_PAGES)
+        data, stats = (log_dirty.clean if op == abi.SHADOW_OP_CLEAN else log_dirty.peek)(domain, 0, pages)
+        if bitmap:
+            caller.write(bitmap, data)
+        caller.write(union, abi.SHADOW_OP.pack(op, mode, mb, bitmap, pages, *stats))
+    elif op in (abi.SHADOW_OP_GET_ALLOCATION, abi.SHADOW_OP_SET_ALLOCATION):
+        if not domain.is_hvm:
+            raise XenError(errno.EINVAL)
+        if op == abi.SHADOW_OP_SET_ALLOCATION:
+            domain.hvm.pool.set_limit(mb << 8)
+        mb = domain.hvm.pool.limit + 255 >> 8
+        caller.write(union, abi.SHADOW_OP.pack(op, mode, mb, bitmap, pages, faults, dirty))
+    else:
+        raise XenError(errno.EINVAL)
     return 0

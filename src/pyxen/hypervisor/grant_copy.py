@@ -51,6 +51,8 @@ def copy(current: Domain, source: CopyEnd, dest: CopyEnd, length: int) -> None:
         data = memory.read((source_mfn << PAGE_SHIFT) + source.offset, length)
         memory.write((dest_mfn << PAGE_SHIFT) + dest.offset, data)
         memory.written(dest_mfn)
+        if dest_domain.log_dirty is not None:
+            dest_domain.log_dirty.mark_frames(dest_mfn)
 
 
 def _domain_of(current: Domain, end: CopyEnd) -> Domain:
@@ -68,7 +70,10 @@ def _domain_of(current: Domain, end: CopyEnd) -> Domain:
 def _held(current: Domain, end: CopyEnd, domain: Domain, *, readonly: bool) -> Iterator[Mfn]:
     """Hold the end's frame: pinned in its table if granted, with a type reference if it is to be written."""
     increment = HSTR_INC if readonly else HSTW_INC
-    mfn = _pin(current, end, domain, increment, readonly) if end.by_grant else Mfn(end.number)
+    if end.by_grant:
+        mfn = _pin(current, end, domain, increment, readonly)
+    else:
+        mfn = Mfn(_own_frame(current, end.number, readonly))
     frames = domain.hypervisor.frames
     try:
         if not frames.get_page(mfn, domain):
@@ -86,6 +91,15 @@ def _held(current: Domain, end: CopyEnd, domain: Domain, *, readonly: bool) -> I
     finally:
         if end.by_grant:
             _unpin(end, domain, increment)
+
+
+def _own_frame(current: Domain, number: int, readonly: bool) -> int:
+    """The caller's own frame by its number, which a translated domain has from its physmap; -1 for none."""
+    if not current.is_hvm:
+        return number
+    p2m = current.hvm.p2m
+    mfn = p2m.gfn_to_mfn(number) if readonly else p2m.writable_mfn(number)
+    return -1 if mfn is None else mfn
 
 
 def _pin(current: Domain, end: CopyEnd, domain: Domain, increment: int, readonly: bool) -> Mfn:

@@ -81,6 +81,11 @@ class Active:
         self.mfn = mfn
         self.pin = 0
 
+    @property
+    def writers(self) -> int:
+        """Nonzero while somebody may write to the frame."""
+        return self.pin & WRITE_PINS
+
 
 class MapTrack:
     """``struct grant_mapping``: what one handle stands for. ``flags`` are the GNTMAP_* still in force."""
@@ -200,14 +205,24 @@ class GrantTable:
                 Gntst.GENERAL_ERROR, f"bad domain ({active.domid} != {mapper}), or counter overflow {active.pin:08x}")
         if active is None:
             frame = self._set_status(ref, mapper, readonly=readonly, mapping=mapping)
-            if self.domain.hypervisor.frames.page_owner(frame) != self.domain.domid:
+            mfn = self._frame_to_mfn(frame, readonly)
+            if self.domain.hypervisor.frames.page_owner(mfn) != self.domain.domid:
                 self._clear_status(ref, _READING | _WRITING)
                 raise GrantError(Gntst.BAD_PAGE, f"frame {frame:#x} is not of {self.domain!r}")
-            active = self.active[ref] = Active(mapper, frame, Mfn(frame))
+            active = self.active[ref] = Active(mapper, frame, Mfn(mfn))
         elif not readonly and not active.pin & WRITE_PINS:
             self._set_status(ref, mapper, readonly=False, mapping=mapping)
         active.pin += increment
         return active
+
+    def _frame_to_mfn(self, frame: int, readonly: bool) -> int:
+        """get_paged_frame(): the machine frame that an entry's frame number means; -1 for none that may be granted so.
+        """
+        if not self.domain.is_hvm:
+            return frame
+        p2m = self.domain.hvm.p2m
+        mfn = p2m.gfn_to_mfn(frame) if readonly else p2m.writable_mfn(frame)
+        return -1 if mfn is None else mfn
 
     def unpin(self, ref: int, decrement: int) -> None:
         """Give a use back: the status bits follow the counts, the active entry goes with the last one."""
@@ -219,6 +234,8 @@ class GrantTable:
             self._clear_status(ref, _READING | _WRITING)
         elif not active.pin & WRITE_PINS:
             self._clear_status(ref, _WRITING)
+        if decrement & WRITE_PINS and not active.pin & WRITE_PINS and self.domain.log_dirty is not None:
+            self.domain.log_dirty.mark_frames(active.mfn)  # its last writes; while it is mapped it is dirty anyway
 
     def swap(self, a: int, b: int) -> None:
         """GNTTABOP_swap_grant_ref. GrantError: BAD_GNTREF, EAGAIN when either is in use."""
@@ -285,6 +302,7 @@ class GrantTable:
                 self.put_frame(mfn, readonly=readonly)
                 self.unpin(track.ref, DEVR_INC if readonly else DEVW_INC)
             if track.flags & Gntmap.HOST_MAP:
+                # A translated mapper's p2m entry holds nothing, and goes with the mapper.
                 if not track.via_pte:
                     self.put_frame(mfn, readonly=readonly)
                 self.unpin(track.ref, HSTR_INC if readonly else HSTW_INC)

@@ -46,7 +46,7 @@ def map_grant(mapper: Domain, granter: Domain, ref: int, flags: int, install: In
     except BaseException:
         tracker.put_handle(handle)
         raise
-    tracker.maptrack[handle] = MapTrack(granter, ref, flags, install is not None)
+    tracker.maptrack[handle] = MapTrack(granter, ref, flags, install is not None and not mapper.is_hvm)
     return handle, mfn
 
 

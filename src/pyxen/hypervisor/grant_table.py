@@ -25,6 +25,7 @@ from pyxen.hypervisor.grant_entry import GrantTable as GrantTable
 from pyxen.hypervisor.grant_map import Unmapping, begin_unmap, finish_unmap, map_grant
 from pyxen.hypervisor.grant_map import map_for_backend as map_for_backend
 from pyxen.hypervisor.hypercall import Caller, Preempted, should_preempt
+from pyxen.hypervisor.x86.hvm.grant_map import create_grant_p2m_mapping, replace_grant_p2m_mapping
 from pyxen.hypervisor.x86.pv.grant_map import create_grant_pv_mapping, replace_grant_pv_mapping
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def _map(caller: Caller, arg: int) -> None:
     def install(mfn: int) -> int:
         if caller.vcpu is None:
             raise GrantError(Gntst.GENERAL_ERROR, "dom0's software maps through privcmd")
+        if mapper.is_hvm:
+            return create_grant_p2m_mapping(mapper, host_addr, mfn, flags)
         return create_grant_pv_mapping(caller.vcpu, host_addr, mfn, flags)
 
     try:
@@ -150,11 +153,13 @@ def _unmap_one(caller: Caller, arg: int, begun: list[Unmapping], replace: bool) 
     def remove(mfn: int, flags: int) -> int:
         if caller.vcpu is None:
             raise GrantError(Gntst.GENERAL_ERROR, "dom0's software unmaps through privcmd")
+        if caller.domain.is_hvm:
+            return replace_grant_p2m_mapping(caller.domain, host_addr, mfn, new_addr, flags)
         return replace_grant_pv_mapping(caller.vcpu, host_addr, mfn, new_addr, flags)
 
     def begin() -> None:
         track = caller.domain.grant_table.maptrack.get(handle)
-        if track is None or not track.via_pte:
+        if track is None or caller.vcpu is None:
             raise GrantError(Gntst.BAD_HANDLE, f"bad handle {handle}")
         with stopped(track.granter):
             begun.append(begin_unmap(caller.domain, handle, host_addr, bus, remove))
@@ -226,12 +231,18 @@ def _setup_table(caller: Caller, arg: int, count: int) -> None:
         table = domain.grant_table
         table.grow(nr_frames)
         try:
-            caller.write(frame_list, b"".join(mfn.to_bytes(8, "little") for mfn in table.frames[:nr_frames]))
+            caller.write(frame_list, b"".join(_gmfn(domain, mfn).to_bytes(8, "little")
+                                              for mfn in table.frames[:nr_frames]))
         except XenError as error:
             raise GrantError(Gntst.BAD_VIRT_ADDR, str(error)) from error
 
     status = _status(act)
     caller.write(arg + abi.SETUP_STATUS_OFFSET, status.to_bytes(2, "little", signed=True))
+
+
+def _gmfn(domain: Domain, mfn: int) -> int:
+    """gnttab_shared_gmfn(): of a translated domain, where the frame stands in its physmap (all ones: nowhere)."""
+    return domain.hypervisor.frames.m2p.get(mfn) if domain.is_hvm else mfn
 
 
 def _query_size(caller: Caller, arg: int, count: int) -> None:

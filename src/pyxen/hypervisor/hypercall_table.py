@@ -18,6 +18,8 @@ from pyxen.hypervisor.sysctl import do_sysctl
 from pyxen.hypervisor.time import do_set_timer_op
 from pyxen.hypervisor.vcpu_op import do_vcpu_op
 from pyxen.hypervisor.version import do_xen_version
+from pyxen.hypervisor.x86.hvm.hvm_op import do_hvm_op
+from pyxen.hypervisor.x86.hvm.vcpu_op import do_hvm_vcpu_op
 from pyxen.hypervisor.x86.pv import callbacks, gdt
 from pyxen.hypervisor.x86.pv.mm import (
     do_mmu_update,
@@ -43,6 +45,7 @@ _COMMON: tuple[tuple[Hypercall, Handler, int], ...] = (
     (Hypercall.MMUEXT_OP, do_mmuext_op, 4),
     (Hypercall.SCHED_OP, do_sched_op, 2),
     (Hypercall.EVENT_CHANNEL_OP, do_event_channel_op, 2),
+    (Hypercall.HVM_OP, do_hvm_op, 2),
     (Hypercall.DOMCTL, do_domctl, 1),
     (Hypercall.SYSCTL, do_sysctl, 1),
 )
@@ -62,6 +65,30 @@ _GUEST: tuple[tuple[Hypercall, Handler, int], ...] = (
     (Hypercall.CALLBACK_OP, callbacks.do_callback_op, 2),
     (Hypercall.PHYSDEV_OP, do_physdev_op, 2),
 )
+_HVM: tuple[tuple[Hypercall, Handler, int], ...] = (
+    (Hypercall.MEMORY_OP, do_memory_op, 2),
+    (Hypercall.SET_TIMER_OP, do_set_timer_op, 1),
+    (Hypercall.XEN_VERSION, do_xen_version, 2),
+    (Hypercall.CONSOLE_IO, do_console_io, 3),
+    (Hypercall.GRANT_TABLE_OP, do_grant_table_op, 3),
+    (Hypercall.VM_ASSIST, do_vm_assist, 2),
+    (Hypercall.VCPU_OP, do_hvm_vcpu_op, 3),
+    (Hypercall.SCHED_OP, do_sched_op, 2),
+    (Hypercall.EVENT_CHANNEL_OP, do_event_channel_op, 2),
+    (Hypercall.HVM_OP, do_hvm_op, 2),
+    (Hypercall.DOMCTL, do_domctl, 1),
+    (Hypercall.SYSCTL, do_sysctl, 1),
+)
+"""hvm_hypercall_table, with what later Xens added for PVH."""
+
+
+def build_hvm_table() -> Table:
+    """The table of a translated guest's hypercalls."""
+    table: Table = [None] * NR_HYPERCALLS
+    for number, handler, nr_args in _HVM:
+        table[number] = Entry(number.name.lower(), handler, nr_args)
+    table[Hypercall.MULTICALL] = Entry("multicall", make_multicall(table), 2)
+    return table
 
 
 def build_table(*, guest: bool = True) -> Table:

@@ -17,7 +17,7 @@ from pyxen.hypervisor.domain import Domain, Dying, ShutdownCode
 from pyxen.hypervisor.event_channel import EventChannels
 from pyxen.hypervisor.frames import FrameTable
 from pyxen.hypervisor.grant_table import GrantTable
-from pyxen.hypervisor.hypercall_table import build_table
+from pyxen.hypervisor.hypercall_table import build_hvm_table, build_table
 from pyxen.hypervisor.lock import TicketLock
 from pyxen.hypervisor.pcpu import Pcpu
 from pyxen.hypervisor.rendezvous import Rendezvous
@@ -28,13 +28,13 @@ from pyxen.hypervisor.virq import GlobalVirqs
 from pyxen.hypervisor.x86.pv.slots import XenSlots
 from pyxen.hypervisor.x86.pv.validate import PageTables
 from pyxen.hypervisor.xsm import Xsm
-from pyxen.machine.cpu.base import GPR_NAMES, RIP, Seg
+from pyxen.machine.cpu.base import GPR_NAMES, RIP, HvmCpu, Seg
 from pyxen.machine.frame_allocator import FrameAllocator
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.machine.clock import Clock
-    from pyxen.machine.cpu.base import Context, Cpu
+    from pyxen.machine.cpu.base import Context, Cpu, HvmContext
     from pyxen.machine.memory import Memory
     from pyxen.machine.topology import Topology
 
@@ -65,6 +65,7 @@ class Hypervisor:
         self.xen_slots = XenSlots(memory, self.allocator, self.frames.m2p.frames)
         self.global_virqs = GlobalVirqs(self)
         self.hypercalls = build_table()
+        self.hvm_hypercalls = build_hvm_table()
         self.enosys_seen: set[tuple[int, int]] = set()
         self.rendezvous = Rendezvous()
         self.scheduler = Schedule(self)
@@ -106,6 +107,12 @@ class Hypervisor:
     def new_context(self) -> Context:
         """A fresh context for a vCPU (any engine of the host can load it)."""
         return self.pcpus[0].cpu.new_context()
+
+    def new_hvm_context(self, nested_root: int) -> HvmContext:
+        """The same for a vCPU under nested paging; there are only domains that want one if the engines can."""
+        cpu = self.pcpus[0].cpu
+        assert isinstance(cpu, HvmCpu)
+        return cpu.new_hvm_context(nested_root)
 
     # --- domains ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from pyxen.abi.xen import MAX_LEGACY_VCPUS, VCPU_INFO_SIZE, DomId, VcpuId, Virq
 from pyxen.errors import XenError
@@ -21,27 +21,38 @@ from pyxen.hypervisor.schedule import vcpu_down_at_creation
 from pyxen.hypervisor.time import update_domain_wallclock, update_vcpu_system_time
 from pyxen.hypervisor.vcpu import Vcpu
 from pyxen.hypervisor.vcpu_info import unmap_vcpu_info
+from pyxen.hypervisor.x86.hvm.domain import HvmDomain
 from pyxen.hypervisor.x86.pv.domain import PvDomain, PvMode
+from pyxen.machine.cpu.base import HvmCpu
 
 if TYPE_CHECKING:
+    from pyxen.hypervisor.arch import ArchDomain
     from pyxen.hypervisor.hypervisor import Hypervisor
+
+Kind = Literal["pv", "pvh"]
 
 MAX_VCPUS: Final = 128
 """Of a PV domain in this version; the ABI's own limit is 8192 with vcpu_info registered."""
 
 
-def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: PvMode, wanted: int = 0) -> Domain:
-    """A new PV domain: paused by its controller, no memory, no vCPU. ENOMEM without frames, EINVAL for a wrong
-    count or mode, or when the domain id that is ``wanted`` is taken."""
-    if not 1 <= max_vcpus <= MAX_VCPUS or len(handle) != 16 or mode not in get_args(PvMode):
+def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: PvMode, wanted: int = 0, *,
+                  kind: Kind = "pv") -> Domain:
+    """A new domain: paused by its controller, no memory, no vCPU. ENOMEM without frames, EINVAL for a wrong count,
+    kind or mode, or when the domain id that is ``wanted`` is taken, EOPNOTSUPP for a kind that the engines cannot
+    run."""
+    if not 1 <= max_vcpus <= MAX_VCPUS or len(handle) != 16 or mode not in get_args(PvMode) or (
+            kind not in get_args(Kind)):
         raise XenError(errno.EINVAL)
+    if kind == "pvh" and not all(isinstance(pcpu.cpu, HvmCpu) for pcpu in hypervisor.pcpus):
+        raise XenError(errno.EOPNOTSUPP, "this host's CPU engines cannot run guests under nested paging")
     domid = hypervisor.new_domid(wanted)
     domain = Domain(hypervisor, domid, max_vcpus=max_vcpus, handle=handle)
+    domain.is_hvm = kind == "pvh"
     domain.controller_pause_count = domain.pause_count = 1
     domain.evtchn = EventChannels(domain)
     domain.grant_table = GrantTable(domain)
     try:
-        domain.arch = domain.pv = PvDomain(domain, hypervisor.xen_slots, mode)
+        domain.arch = _arch(domain, mode)
         try:
             domain.shared_info_mfn = hypervisor.frames.alloc_xenheap(domain)
         except XenError:
@@ -58,6 +69,15 @@ def domain_create(hypervisor: Hypervisor, handle: bytes, max_vcpus: int, mode: P
     with hypervisor.domain_list:
         hypervisor.domains[domid] = domain
     return domain
+
+
+def _arch(domain: Domain, mode: PvMode) -> ArchDomain:
+    """arch_domain_create()."""
+    if domain.is_hvm:
+        domain.hvm = HvmDomain(domain)
+        return domain.hvm
+    domain.pv = PvDomain(domain, domain.hypervisor.xen_slots, mode)
+    return domain.pv
 
 
 def create_vcpus(domain: Domain) -> None:

@@ -18,6 +18,7 @@ from pyxen.abi.arch_x86 import MACH2PHYS_VIRT_START
 from pyxen.abi.memory import Xenmem
 from pyxen.abi.xen import DOMID_SELF, MASK64, DomId
 from pyxen.errors import XenError
+from pyxen.hypervisor import physmap
 from pyxen.hypervisor.hypercall import Preempted, should_preempt
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def do_memory_op(caller: Caller, command: int, arg: int) -> int:
     operation = command & abi.MEMOP_CMD_MASK
     if operation in (Xenmem.INCREASE_RESERVATION, Xenmem.DECREASE_RESERVATION, Xenmem.POPULATE_PHYSMAP):
         return _reservation(caller, operation, start, arg)
-    if start:
+    if operation == Xenmem.ADD_TO_PHYSMAP_BATCH:
+        return _add_to_physmap_batch(caller, start, arg)
+    if start and operation != Xenmem.ADD_TO_PHYSMAP:
         raise XenError(errno.EINVAL)  # no other operation here is ever continued
     handler = _OPERATIONS.get(operation)
     if handler is None:
@@ -77,11 +80,15 @@ def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
             raise Preempted((operation | done << abi.MEMOP_EXTENT_SHIFT, arg))
         try:
             gpfn = caller.read_u64(extents + done * 8) if populate else 0
+            if populate and domain.is_hvm:
+                with _stopped(caller, domain):
+                    physmap.populate_one(domain, gpfn, order)
+                continue
             first = frames.alloc_domheap(domain, order)
             if populate:
                 for i in range(size):
                     frames.m2p.set(first + i, gpfn + i & MASK64)
-            if populate or extents:
+            if populate or (extents and not domain.is_hvm):
                 caller.write_u64(extents + done * 8, first)
         except XenError:
             return done
@@ -100,7 +107,7 @@ def _decrease(
         except XenError:
             return done
         for mfn in range(first, first + (1 << order)):
-            if not frames.guest_remove_page(mfn, domain):
+            if not (physmap.remove_page(domain, mfn) if domain.is_hvm else frames.guest_remove_page(mfn, domain)):
                 return done
     return count
 
@@ -148,6 +155,8 @@ def _maximum_reservation(caller: Caller, arg: int) -> int:
 
 def _maximum_gpfn(caller: Caller, arg: int) -> int:
     domain = _statistics(caller, arg)
+    if domain.is_hvm:
+        return domain.hvm.p2m.max_mapped_gfn
     max_pfn: int = domain.hypervisor.memory.q[(domain.shared_info_mfn << 9) + (3088 >> 3)]
     return max_pfn - 1 if max_pfn else 0
 
@@ -206,11 +215,56 @@ def _machine_memory_map(caller: Caller, arg: int) -> int:
 
 
 def _add_to_physmap(caller: Caller, arg: int) -> int:
-    """Only translated domains have a physmap to add to: a PV domain gets EACCES, as in Xen 4.6."""
-    (domid,) = struct.unpack("<H", caller.read(arg, 2))
+    """Only translated domains have a physmap to add to: a PV domain gets EACCES, as in Xen 4.6.
+
+    A range is continued by what is left of it in the caller's structure, as Xen's is.
+    """
+    domid, size, space, index, gpfn = abi.ADD_TO_PHYSMAP.unpack(caller.read(arg, abi.ADD_TO_PHYSMAP.size))
     domain = _target(caller, domid)
     caller.domain.hypervisor.xsm.add_to_physmap(caller.domain, domain)
-    raise XenError(errno.EACCES)
+    if not domain.is_hvm:
+        raise XenError(errno.EACCES)
+    if space == abi.MapSpace.GMFN_FOREIGN:
+        raise XenError(errno.ENOSYS)  # by the batched form only: here is no place for the other domain's id
+    count = size if space == abi.MapSpace.GMFN_RANGE else 1
+    for done in range(count):
+        if done and should_preempt(caller):
+            caller.write(arg, abi.ADD_TO_PHYSMAP.pack(domid, size - done, space, index + done, gpfn + done))
+            raise Preempted((Xenmem.ADD_TO_PHYSMAP, arg))
+        with _stopped(caller, domain):
+            physmap.add_to_physmap_one(domain, space, index + done, gpfn + done)
+    return 0
+
+
+def _add_to_physmap_batch(caller: Caller, start: int, arg: int) -> int:
+    """Each page has its own result; the call fails only for what concerns all of them."""
+    domid, space, size, foreign_domid, indices, gpfns, errors = abi.ADD_TO_PHYSMAP_BATCH.unpack(
+        caller.read(arg, abi.ADD_TO_PHYSMAP_BATCH.size))
+    if space == abi.MapSpace.GMFN_RANGE or start > size:
+        raise XenError(errno.EINVAL)
+    domain = _target(caller, domid)
+    hypervisor = caller.domain.hypervisor
+    hypervisor.xsm.add_to_physmap(caller.domain, domain)
+    foreign: Domain | None = None
+    if space == abi.MapSpace.GMFN_FOREIGN:
+        foreign = hypervisor.domains.get(DomId(foreign_domid))
+        if foreign is None:
+            raise XenError(errno.ESRCH)
+        hypervisor.xsm.map_gmfn_foreign(caller.domain, foreign)
+    if not domain.is_hvm:
+        raise XenError(errno.EACCES)
+    for done in range(start, size):
+        if done > start and should_preempt(caller):
+            raise Preempted((Xenmem.ADD_TO_PHYSMAP_BATCH | done << abi.MEMOP_EXTENT_SHIFT, arg))
+        index, gpfn = caller.read_u64(indices + done * 8), caller.read_u64(gpfns + done * 8)
+        try:
+            with _stopped(caller, domain):
+                physmap.add_to_physmap_one(domain, space, index, gpfn, foreign)
+            result = 0
+        except XenError as error:
+            result = -error.errno
+        caller.write(errors + done * 4, struct.pack("<i", result))
+    return 0
 
 
 def _remove_from_physmap(caller: Caller, arg: int) -> int:
@@ -218,6 +272,10 @@ def _remove_from_physmap(caller: Caller, arg: int) -> int:
     domain = _target(caller, domid)
     hypervisor = caller.domain.hypervisor
     hypervisor.xsm.remove_from_physmap(caller.domain, domain)
+    if domain.is_hvm:
+        with _stopped(caller, domain):
+            physmap.remove_from_physmap(domain, gpfn)
+        return 0
     # guest_physmap_remove_page of an untranslated domain has nothing to do, but the frame must be the domain's
     if not hypervisor.frames.get_page(gpfn, domain):
         raise XenError(errno.ENOENT)
@@ -238,6 +296,8 @@ def _exchange(caller: Caller, arg: int) -> int:
         raise XenError(errno.EINVAL)
     domain = _target(caller, in_domid)
     hypervisor.xsm.memory_exchange(caller.domain, domain)
+    if domain.is_hvm:
+        raise XenError(errno.EOPNOTSUPP)  # its frame numbers say nothing of machine memory
     if not _reachable(hypervisor, out_flags & abi.MEMF_ADDRESS_BITS):
         raise XenError(errno.ENOMEM)
     in_chunk, out_chunk = 1 << max(out_order - in_order, 0), 1 << max(in_order - out_order, 0)
@@ -287,7 +347,7 @@ def _claim_pages(caller: Caller, arg: int) -> int:
 
 
 def _pod(caller: Caller, arg: int) -> int:
-    raise XenError(errno.EINVAL)  # populate on demand is of HVM domains
+    raise XenError(errno.EINVAL)  # populate on demand is of HVM domains, and not here
 
 
 def _get_vnumainfo(caller: Caller, arg: int) -> int:

@@ -32,6 +32,9 @@ VALID_ASSISTS: Final = (
 """NATIVE_VM_ASSIST_VALID of 4.6, and the runstate flag, which is later. Not architectural_iopl (4.7): the virtual IOPL
 is not shown in frames here."""
 
+HVM_VALID_ASSISTS: Final = 1 << VmAssist.RUNSTATE_UPDATE_FLAG
+"""HVM_VM_ASSIST_VALID."""
+
 PHYSDEVOP_SET_IOPL: Final = 6
 PHYSDEVOP_SET_IOBITMAP: Final = 7
 PHYSDEVOP_EOI: Final = 12
@@ -62,7 +65,7 @@ def do_vm_assist(caller: Caller, command: int, assist: int) -> int:
     """HYPERVISOR_vm_assist(cmd, type): EINVAL for a type this guest cannot have, ENOSYS for an unknown command."""
     command &= 0xFFFFFFFF
     assist &= 0xFFFFFFFF
-    if assist >= 64 or not VALID_ASSISTS >> assist & 1:
+    if assist >= 64 or not (HVM_VALID_ASSISTS if caller.domain.is_hvm else VALID_ASSISTS) >> assist & 1:
         raise XenError(errno.EINVAL)
     if command == VMASST_CMD_ENABLE:
         caller.domain.vm_assist |= 1 << assist

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _LONGEST_SLEEP_S: Final = 3600.0
+_LEAST_RUN_NS: Final = 50_000
+"""How long a guest that is entered gets, however late its timers are."""
 _ident = threading.get_ident
 
 
@@ -319,6 +321,9 @@ class Pcpu:
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns
                 deadline = forced if deadline is None else min(deadline, forced)
+            if deadline is not None and deadline <= (now := self.clock.now_ns()):
+                # A slice that was over before the switch to it was: on a busy host that could be so for ever.
+                deadline = now + _LEAST_RUN_NS
             self.entries += 1
             self._running = True
             try:

@@ -25,12 +25,14 @@ from pyxen.abi.xen import MASK64, DomId, EvtchnPort, Gfn, GrantRef, Hypercall, V
 from pyxen.errors import GuestAccessError, InternalError, XenError
 from pyxen.hypervisor import domctl, keyhandler, lifecycle
 from pyxen.hypervisor.domain import Domain, Dying
-from pyxen.hypervisor.frames import PGT_WRITABLE
+from pyxen.hypervisor.foreign_map import Mapping
 from pyxen.hypervisor.grant_map import BackendMapping, map_for_backend
 from pyxen.hypervisor.hypercall import Preempted, call
 from pyxen.hypervisor.hypercall_table import build_table
+from pyxen.hypervisor.privcmd_hvm import HvmControl, populate
 from pyxen.hypervisor.sysctl import hardware_caps
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
+from pyxen.machine.cpu.base import HvmRegisters, Segment
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.hypervisor import Hypervisor
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 
 _BUFFERS_AT = 0x10000
 _OVERHEAD_KB = 1024
-_LOCKED_FRAMES = 256
-"""How many frames are mapped or unmapped in one go under the frame table's lock: about a quarter of a millisecond."""
 
 
 class Dom0Caller:
@@ -113,6 +113,9 @@ class DomainInfo:
     running: bool
     cpupool: int
     pv_mode: str
+    """"exact" or "fast" of a PV domain, else ""."""
+    kind: str
+    """"pv" or "pvh"."""
     crash_reason: str
     counters: dict[str, int] = field(default_factory=dict)
 
@@ -144,44 +147,6 @@ class PhysInfo:
     total_kb: int
     free_kb: int
     hw_caps: tuple[int, ...]
-
-
-class Mapping:
-    """Frames of a domain, seen as memory. Holds a reference to each frame until closed."""
-
-    def __init__(self, hypervisor: Hypervisor, mfns: range, writable: bool) -> None:
-        self._hypervisor = hypervisor
-        self._mfns = mfns
-        self._writable = writable
-        view = hypervisor.memory.b[mfns.start << 12 : mfns.stop << 12]
-        self.view = view if writable else view.toreadonly()
-        self._open = True
-
-    def written(self) -> None:
-        """Tell the engines that these frames changed."""
-        self._hypervisor.memory.written(self._mfns.start, len(self._mfns))
-
-    def close(self) -> None:
-        """Drop the references."""
-        if self._open:
-            self._open = False
-            try:
-                self.view.release()
-            finally:
-                _put_frames(self._hypervisor, self._mfns, self._writable)
-                self._hypervisor.reap()  # a dead domain's last frames may have waited for us
-
-
-def _put_frames(hypervisor: Hypervisor, mfns: range, writable: bool) -> None:
-    frames = hypervisor.frames
-    put = frames.put_root if writable else frames.put
-    for first in range(0, len(mfns), _LOCKED_FRAMES):
-        frames.lock.acquire()
-        try:
-            for mfn in mfns[first : first + _LOCKED_FRAMES]:
-                put(mfn)
-        finally:
-            frames.release()
 
 
 class LocalPort:
@@ -223,7 +188,7 @@ def _counters(domain: Domain) -> dict[str, int]:
     return counts
 
 
-class PrivCmd:
+class PrivCmd(HvmControl):
     """See the module's text."""
 
     def __init__(self, hypervisor: Hypervisor) -> None:
@@ -277,10 +242,12 @@ class PrivCmd:
             raise XenError(errno.EINVAL)  # we are it: there is no guest that could be paused or set up
         return domain
 
-    def domain_create(self, handle: bytes, *, max_vcpus: int = 1, pv_mode: PvMode = "exact") -> DomId:
-        """A new PV domain with its vCPUs (down) and no memory, paused once by its controller."""
+    def domain_create(self, handle: bytes, *, max_vcpus: int = 1, kind: lifecycle.Kind = "pv",
+                      pv_mode: PvMode = "exact") -> DomId:
+        """A new domain with its vCPUs (down) and no memory, paused once by its controller. ``pv_mode`` is of PV
+        domains. EOPNOTSUPP for a PVH domain on engines without nested paging."""
         self._hypervisor.xsm.domctl(self._dom0, None, Domctl.CREATEDOMAIN)
-        domain = lifecycle.domain_create(self._hypervisor, handle, max_vcpus, pv_mode)
+        domain = lifecycle.domain_create(self._hypervisor, handle, max_vcpus, pv_mode, kind=kind)
         lifecycle.create_vcpus(domain)
         return domain.domid
 
@@ -337,6 +304,7 @@ class PrivCmd:
             blocked=bool(online) and all(v.pause_flags & PauseFlag.BLOCKED for v in online),
             running=any(v.is_running for v in online), cpupool=domain.cpupool,
             pv_mode="" if domain.is_privileged or domain.is_hvm else domain.pv.mode,
+            kind="pv" if domain.is_privileged else domain.arch.kind,
             crash_reason=domain.crash_reason, counters=_counters(domain),
         )
 
@@ -415,11 +383,15 @@ class PrivCmd:
 
     def populate_physmap(self, domid: int, pfns: Sequence[int]) -> list[range]:
         """XENMEM_populate_physmap in bulk: frames as contiguous runs, in the order of ``pfns``. ENOMEM: all or
-        nothing."""
+        nothing. Those of a translated domain are entered in its p2m, by superpages where both sides are aligned (the
+        paging pool running out is ENOMEM, too: the frames are then the domain's, without a place)."""
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.memory_adjust_reservation(self._dom0, domain)
         frames = self._hypervisor.frames
         runs = frames.alloc_domheap_many(domain, len(pfns))
+        if domain.is_hvm:
+            populate(domain, pfns, runs)
+            return runs
         done = 0
         for run in runs:
             frames.m2p.set_run(run.start, array("Q", pfns[done : done + len(run)]))
@@ -431,30 +403,6 @@ class PrivCmd:
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.domain_memory_map(self._dom0, domain)
         domain.arch.memory_map = list(entries)
-
-    def foreign_map(self, domid: int, gfn: int, count: int = 1, writable: bool = True) -> Mapping:
-        """Map frames of a domain (for a PV domain gfn = mfn). EINVAL if one is not the domain's.
-
-        As a mapping in dom0's page tables would, it holds references; a writable one is refused (EINVAL) for a frame
-        that
-        is a page table or descriptor page.
-        """
-        domain = lifecycle.find(self._hypervisor, domid)
-        self._hypervisor.xsm.mmu_update(self._dom0, None, domain)
-        if gfn < 0 or count < 1:
-            raise XenError(errno.EINVAL)
-        frames, domid = self._hypervisor.frames, domain.domid
-        mfns = range(gfn, gfn + count)
-        for first in range(0, count, _LOCKED_FRAMES):
-            frames.lock.acquire()
-            try:
-                for mfn in mfns[first : first + _LOCKED_FRAMES]:
-                    if frames.get_and_type(mfn, domid, PGT_WRITABLE) if writable else not frames.get(mfn, domid):
-                        _put_frames(self._hypervisor, range(gfn, mfn), writable)
-                        raise XenError(errno.EINVAL)
-            finally:
-                frames.release()
-        return Mapping(self._hypervisor, mfns, writable)
 
     async def mmuext_op(self, domid: int, operations: bytes) -> None:
         """HYPERVISOR_mmuext_op on another domain's tables: an array of struct mmuext_op. In slices: pinning a
@@ -536,4 +484,7 @@ class PrivCmd:
         return int(value) & MASK64
 
 
-__all__ = ["Dom0Caller", "DomainInfo", "Gfn", "LocalPort", "Mapping", "PhysInfo", "PrivCmd", "VcpuInfo"]
+__all__ = [
+    "Dom0Caller", "DomainInfo", "Gfn", "HvmRegisters", "LocalPort", "Mapping", "PhysInfo", "PrivCmd", "Segment",
+    "VcpuInfo",
+]

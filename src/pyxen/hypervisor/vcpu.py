@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.arch import ArchVcpu
     from pyxen.hypervisor.domain import Domain
     from pyxen.hypervisor.timer import Timer
+    from pyxen.hypervisor.x86.hvm.vcpu import HvmVcpu
     from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
     from pyxen.machine.cpu.base import Context, Cpu
 
@@ -90,6 +91,7 @@ class Vcpu:
         self.arch: ArchVcpu
         """``pv`` or ``hvm``, whichever there is."""
         self.pv: PvVcpu
+        self.hvm: HvmVcpu
 
     @property
     def runnable(self) -> bool:

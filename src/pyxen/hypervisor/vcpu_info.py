@@ -28,7 +28,10 @@ def vcpu_mark_events_pending(vcpu: Vcpu) -> None:
         if memory.b[index]:
             return
         memory.b[index] = 1
-        vcpu.domain.hypervisor.scheduler.vcpu_unblock(vcpu)
+        if vcpu.domain.is_hvm:
+            vcpu.hvm.assert_evtchn_irq()
+        else:
+            vcpu.domain.hypervisor.scheduler.vcpu_unblock(vcpu)
 
 
 def upcall_deliverable(vcpu: Vcpu) -> bool:
@@ -57,6 +60,9 @@ def map_vcpu_info(vcpu: Vcpu, mfn: int, offset: int, current: Vcpu | None) -> No
         raise XenError(errno.EINVAL)
     if vcpu is not current and not vcpu.pause_flags & PauseFlag.DOWN:
         raise XenError(errno.EINVAL)
+    if domain.is_hvm:  # a frame number as the guest has them
+        found = domain.hvm.p2m.writable_mfn(mfn)
+        mfn = -1 if found is None else found
     if not 0 <= mfn < hypervisor.memory.nr_frames:
         raise XenError(errno.EINVAL)
     if not hypervisor.frames.get_page_and_type(Mfn(mfn), domain, PGT_WRITABLE):

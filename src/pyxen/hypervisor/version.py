@@ -37,15 +37,22 @@ COMMANDLINE: Final = 9
 
 # features.h, submap 0
 FEATURE_WRITABLE_PAGE_TABLES: Final = 0
+FEATURE_AUTO_TRANSLATED_PHYSMAP: Final = 2
 FEATURE_PAE_PGDIR_ABOVE_4GB: Final = 4
 FEATURE_MMU_PT_UPDATE_PRESERVE_AD: Final = 5
 FEATURE_HIGHMEM_ASSIST: Final = 6
 FEATURE_GNTTAB_MAP_AVAIL_BITS: Final = 7
+FEATURE_HVM_CALLBACK_VECTOR: Final = 8
+FEATURE_HVM_SAFE_PVCLOCK: Final = 9
 FEATURE_DOM0: Final = 11
 
 
 def features(domain: Domain) -> int:
-    """XENVER_get_features, submap 0, of a 64-bit PV domain."""
+    """XENVER_get_features, submap 0, of a 64-bit PV domain or a translated one (which has no physical interrupts:
+    no hvm_pirqs)."""
+    if domain.is_hvm:
+        return (1 << FEATURE_WRITABLE_PAGE_TABLES | 1 << FEATURE_AUTO_TRANSLATED_PHYSMAP
+                | 1 << FEATURE_HVM_CALLBACK_VECTOR | 1 << FEATURE_HVM_SAFE_PVCLOCK)
     bits = 1 << FEATURE_MMU_PT_UPDATE_PRESERVE_AD | 1 << FEATURE_HIGHMEM_ASSIST | 1 << FEATURE_GNTTAB_MAP_AVAIL_BITS
     if domain.vm_assist & 1 << VmAssist.PAE_EXTENDED_CR3:
         bits |= 1 << FEATURE_PAE_PGDIR_ABOVE_4GB

@@ -158,7 +158,7 @@ def domain_row(info: DomainInfo, record: DomainRecord | None, started_unix: floa
         "crash_reason": info.crash_reason or None,
         "ssid": None,
         "cpupool": POOL_NAME,
-        "type": "pv",
+        "type": "pv" if record is None else record.config.type,
         "pv_mode": info.pv_mode or None,
         "created": started_unix if record is None else record.created_unix,
         "counters": {} if is_dom0 else info.counters,

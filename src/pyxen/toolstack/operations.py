@@ -19,14 +19,14 @@ import logging
 import os
 import stat
 import uuid as _uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from pyxen.abi.xen import DomId
 from pyxen.errors import ConfigError, HostError, ImageError, XenError
 from pyxen.toolstack import store_entries
-from pyxen.toolstack.build.kernel import KernelImage, load_kernel
+from pyxen.toolstack.build.kernel import KernelImage, PvhImage, load_kernel, load_pvh_kernel
 from pyxen.toolstack.config import DomainConfig, check_creatable, resolve
 from pyxen.toolstack.config.domain import PvMode
 from pyxen.toolstack.domains import DomainRecord, DomainTable, EventLog, Phase
@@ -48,7 +48,7 @@ class Operations:
         table: DomainTable,
         events: EventLog,
         *,
-        features: Sequence[str] = (),
+        features: Iterable[str] = (),
         default_pv_mode: str = "exact",
     ) -> None:
         self.services = services
@@ -80,7 +80,7 @@ class Operations:
         record: DomainRecord | None = None
         try:
             self._claim_memory(id(claim), config)
-            kernel, ramdisk = await self._load(kernel_path, ramdisk_path)
+            kernel, ramdisk = await self._load(config, kernel_path, ramdisk_path)
             record = self._make(config, mode, kernel_path, ramdisk_path, cwd)
             self._claims[id(claim)] = (record.domid, self._claims[id(claim)][1])
             async with record.lock:
@@ -98,7 +98,12 @@ class Operations:
         self.events.add(record.domid, "created", name=record.name)
         return record
 
-    def _pv_mode(self, config: DomainConfig, asked: str | None) -> PvMode:
+    def _pv_mode(self, config: DomainConfig, asked: str | None) -> PvMode | None:
+        """How a PV guest's kernel is run; None for a guest that is not PV."""
+        if config.type != "pv":
+            if asked or config.pv_mode:
+                raise ConfigError(f'pv_mode says how a PV guest is run; this is type = "{config.type}"')
+            return None
         mode = asked or config.pv_mode or self.default_pv_mode
         if mode == "exact":
             return "exact"
@@ -133,21 +138,26 @@ class Operations:
         info = None if domid is None else self.services.privcmd.domain_info(domid)
         return 0 if info is None else info.tot_pages * 4
 
-    async def _load(self, kernel: Path, ramdisk: Path | None) -> tuple[KernelImage, bytes | None]:
-        def work() -> tuple[KernelImage, bytes | None]:
-            return load_kernel(read_image(kernel, "kernel")), None if ramdisk is None else read_image(
-                ramdisk, "ramdisk"
-            )
+    async def _load(
+        self, config: DomainConfig, kernel: Path, ramdisk: Path | None
+    ) -> tuple[KernelImage | PvhImage, bytes | None]:
+        def work() -> tuple[KernelImage | PvhImage, bytes | None]:
+            data = read_image(kernel, "kernel")
+            image = load_pvh_kernel(data) if config.type == "pvh" else load_kernel(data)
+            return image, None if ramdisk is None else read_image(ramdisk, "ramdisk")
 
         return await in_thread(self.services.executor, work)
 
     def _make(
-        self, config: DomainConfig, mode: PvMode, kernel: Path, ramdisk: Path | None, cwd: str | None
+        self, config: DomainConfig, mode: PvMode | None, kernel: Path, ramdisk: Path | None, cwd: str | None
     ) -> DomainRecord:
         """The first hypercall, and the record of it, with no await between them."""
         privcmd = self.services.privcmd
         uuid = _uuid.UUID(config.uuid)
-        domid = privcmd.domain_create(uuid.bytes, max_vcpus=config.max_vcpus, pv_mode=mode)
+        if mode is None:
+            domid = privcmd.domain_create(uuid.bytes, max_vcpus=config.max_vcpus, kind="pvh")
+        else:
+            domid = privcmd.domain_create(uuid.bytes, max_vcpus=config.max_vcpus, pv_mode=mode)
         record = DomainRecord(
             domid,
             config.name,
@@ -163,7 +173,7 @@ class Operations:
         self.table.add(record)
         return record
 
-    async def _build(self, record: DomainRecord, kernel: KernelImage, ramdisk: bytes | None) -> None:
+    async def _build(self, record: DomainRecord, kernel: KernelImage | PvhImage, ramdisk: bytes | None) -> None:
         services, config, domid = self.services, record.config, record.domid
         privcmd = services.privcmd
         await store_entries.publish(services.store, store_entries.domain_nodes(record))
@@ -175,9 +185,9 @@ class Operations:
         rings = await services.build(privcmd, record, kernel, ramdisk, store_port, console_port)
         record.check_abort()
         built = store_entries.BuiltDomain(
-            rings.store_mfn,
+            rings.store_gfn,
             store_port,
-            rings.console_mfn,
+            rings.console_gfn,
             console_port,
             config.memory_mb * 1024,
             config.maxmem_mb * 1024,
@@ -190,8 +200,8 @@ class Operations:
         )
         await store_entries.publish(services.store, store_entries.build_nodes(record, built))
         record.check_abort()
-        services.registry.introduce(domid, rings.store_mfn, store_port)
-        record.console = await services.consoles.open(record, rings.console_mfn, console_port)
+        services.registry.introduce(domid, rings.store_gfn, store_port)
+        record.console = await services.consoles.open(record, rings.console_gfn, console_port)
         record.check_abort()
 
     async def _abandon(self, record: DomainRecord) -> None:

@@ -18,7 +18,7 @@ from pyxen.abi.xen import DomId, EvtchnPort
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.privcmd import PrivCmd
-    from pyxen.toolstack.build.kernel import KernelImage
+    from pyxen.toolstack.build.kernel import KernelImage, PvhImage
     from pyxen.toolstack.domains import DomainRecord
     from pyxen.toolstack.store_entries import Store
 
@@ -71,7 +71,7 @@ class Builder(Protocol):
         self,
         privcmd: PrivCmd,
         record: DomainRecord,
-        kernel: KernelImage,
+        kernel: KernelImage | PvhImage,
         ramdisk: bytes | None,
         store_port: EvtchnPort,
         console_port: EvtchnPort,
@@ -80,10 +80,10 @@ class Builder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BuiltRings:
-    """Machine frames of the two rings a PV guest is born with."""
+    """Frames of the two rings a guest is born with, as the guest numbers them (a PV guest: machine frames)."""
 
-    store_mfn: int
-    console_mfn: int
+    store_gfn: int
+    console_gfn: int
 
 
 @dataclass

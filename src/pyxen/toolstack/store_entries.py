@@ -95,7 +95,7 @@ def domain_nodes(record: DomainRecord) -> list[Node]:
         Node(f"{vm}/name", record.name, read_only),
         Node(f"{vm}/uuid", str(record.uuid), read_only),
         Node(f"{vm}/start_time", f"{record.created_unix:.2f}", read_only),
-        Node(f"{libxl}/type", "pv", only_dom0()),
+        Node(f"{libxl}/type", record.config.type, only_dom0()),
         Node(f"{libxl}/dm-version", "qemu_xen", only_dom0()),
     ]
     nodes += [Node(f"{home}/{name}", "", read_only) for name in GUEST_READABLE]
@@ -109,11 +109,12 @@ def domain_nodes(record: DomainRecord) -> list[Node]:
 
 @dataclass(frozen=True, slots=True)
 class BuiltDomain:
-    """What a build leaves for xenstore to say: ring frames (mfn) and event channel ports as the guest numbers them."""
+    """What a build leaves for xenstore to say: ring frames (a PV guest's are machine frames) and event channel
+    ports as the guest numbers them."""
 
-    store_mfn: int
+    store_gfn: int
     store_port: int
-    console_mfn: int
+    console_gfn: int
     console_port: int
     memory_kb: int
     max_memory_kb: int
@@ -137,7 +138,7 @@ def build_nodes(record: DomainRecord, built: BuiltDomain) -> list[Node]:
         f"{home}/memory/videoram": "0",
         f"{home}/store": "",
         f"{home}/store/port": str(built.store_port),
-        f"{home}/store/ring-ref": str(built.store_mfn),
+        f"{home}/store/ring-ref": str(built.store_gfn),
     }
     for vcpu in range(built.vcpus):
         shared[f"{home}/cpu/{vcpu}"] = ""
@@ -149,17 +150,18 @@ def build_nodes(record: DomainRecord, built: BuiltDomain) -> list[Node]:
         "/type": "xenconsoled",
         "/output": "pty",
         "/port": str(built.console_port),
-        "/ring-ref": str(built.console_mfn),
+        "/ring-ref": str(built.console_gfn),
         "/tty": built.console_tty,
     }
     shared.update({f"{home}/console{name}": value for name, value in console.items()})
     nodes = [Node(path, value, read_only) for path, value in shared.items()]
     nodes.append(Node(f"{home}/console/backend-id", "0", (f"n{domid}", "r0")))
 
-    image = {"": "", "/ostype": "linux", "/kernel": built.kernel, "/cmdline": built.cmdline}
-    if built.ramdisk is not None:
-        image["/ramdisk"] = built.ramdisk
-    nodes += [Node(f"{vm}/image{name}", value, read_only) for name, value in image.items()]
+    if record.config.type == "pv":  # libxl's domcreate_bootloader_done: a PVH domain has none of these
+        image = {"": "", "/ostype": "linux", "/kernel": built.kernel, "/cmdline": built.cmdline}
+        if built.ramdisk is not None:
+            image["/ramdisk"] = built.ramdisk
+        nodes += [Node(f"{vm}/image{name}", value, read_only) for name, value in image.items()]
 
     # The same device is described three times: for its backend, for its frontend (above), and for libxl itself.
     device = {

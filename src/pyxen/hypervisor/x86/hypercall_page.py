@@ -20,6 +20,8 @@ _PUSH_R11: Final = b"\x41\x53"
 _PUSH_RAX: Final = b"\x50"
 _MOV_EAX: Final = b"\xb8"
 _SYSCALL: Final = b"\x0f\x05"
+_VMMCALL: Final = b"\x0f\x01\xd9"
+_UD2: Final = b"\x0f\x0b"
 _POP_R11: Final = b"\x41\x5b"
 _POP_RCX: Final = b"\x59"
 _RET: Final = b"\xc3"
@@ -40,11 +42,30 @@ def page() -> bytes:
     return b"".join(stubs)
 
 
+def hvm_page() -> bytes:
+    """The page of a translated guest (hypercall_page_initialise of svm.c): for any mode; HYPERVISOR_iret is not for
+    such guests."""
+    stubs = []
+    for number in range(PAGE_SIZE // STUB_SIZE):
+        code = _UD2 if number == Hypercall.IRET else _MOV_EAX + number.to_bytes(4, "little") + _VMMCALL + _RET
+        stubs.append(code.ljust(STUB_SIZE, _INT3))
+    return b"".join(stubs)
+
+
+def initialise_hvm(domain: Domain, mfn: int) -> None:
+    """Fill a frame of a translated ``domain``. XenError(EACCES): not its frame, or not one that may be written."""
+    _fill(domain, mfn, hvm_page())
+
+
 def initialise(domain: Domain, mfn: int) -> None:
     """Fill a frame of ``domain``. XenError(EACCES): not its frame, or not one that may be written."""
+    _fill(domain, mfn, page())
+
+
+def _fill(domain: Domain, mfn: int, data: bytes) -> None:
     frames = domain.hypervisor.frames
     if not frames.get_page_and_type(mfn, domain, PGT_WRITABLE):
         raise XenError(errno.EACCES)
-    frames.memory.write(mfn << 12, page())
+    frames.memory.write(mfn << 12, data)
     frames.memory.written(mfn)
     frames.put_page_and_type(mfn)

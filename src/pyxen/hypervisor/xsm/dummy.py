@@ -101,6 +101,10 @@ class Xsm:
         """*target*."""
         _target(current, domain)
 
+    def map_gmfn_foreign(self, current: Domain, foreign: Domain) -> None:
+        """*target*: put a frame of ``foreign`` into another domain's physmap."""
+        _target(current, foreign)
+
     def claim_pages(self, current: Domain) -> None:
         """*priv*."""
         _privileged(current)
@@ -127,6 +131,10 @@ class Xsm:
     def update_va_mapping(self, current: Domain, foreign: Domain) -> None:
         """*target*."""
         _target(current, foreign)
+
+    def hvm_param(self, current: Domain, domain: Domain) -> None:
+        """*target*: HVMOP_set_param, HVMOP_get_param and what reads a domain's map."""
+        _target(current, domain)
 
     # --- control --------------------------------------------------------------------------------------
 

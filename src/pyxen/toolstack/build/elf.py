@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""ELF64 as a kernel loader needs it: load segments, notes and one section by name (Xen: xen/common/libelf/).
+"""ELF as a kernel loader needs it: load segments, notes and one section by name (Xen: xen/common/libelf/).
 
 Every offset and size comes from a file that may lie, so each is checked against the file before it is used and every
 loop is bounded. Symbol tables and the like are other modules' business (pyelftools).
@@ -8,7 +8,7 @@ loop is bounded. Symbol tables and the like are other modules' business (pyelfto
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 from itertools import pairwise
@@ -16,16 +16,33 @@ from typing import Final
 
 from pyxen.errors import ImageError
 
-_EHDR: Final = struct.Struct("<16sHHIQQQIHHHHHH")
-_PHDR: Final = struct.Struct("<IIQQQQQQ")
-_SHDR: Final = struct.Struct("<IIQQQQIIQQ")
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """One ELF class: its headers, and where in a program header the flags are (the other fields keep their order)."""
+
+    ehdr: struct.Struct
+    phdr: struct.Struct
+    shdr: struct.Struct
+    flags_at: int
+
+
+_ELFCLASS32: Final = 1
+_ELFCLASS64: Final = 2
+_FORMATS: Final = {
+    _ELFCLASS32: _Format(struct.Struct("<16sHHIIIIIHHHHHH"), struct.Struct("<8I"), struct.Struct("<10I"), 6),
+    _ELFCLASS64: _Format(
+        struct.Struct("<16sHHIQQQIHHHHHH"), struct.Struct("<IIQQQQQQ"), struct.Struct("<IIQQQQIIQQ"), 1
+    ),
+}
 _NHDR: Final = struct.Struct("<III")
 
-_ELFCLASS64: Final = 2
 _ELFDATA2LSB: Final = 1
 _ET_EXEC: Final = 2
 _ET_DYN: Final = 3
+EM_386: Final = 3
 EM_X86_64: Final = 62
+_CLASS_OF: Final = {EM_386: _ELFCLASS32, EM_X86_64: _ELFCLASS64}
 _PT_LOAD: Final = 1
 _PT_NOTE: Final = 4
 _SHT_NOTE: Final = 7
@@ -69,7 +86,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Elf:
-    """A parsed ELF64 file. ``segments`` are the non-empty PT_LOADs in ascending ``paddr`` order, not overlapping."""
+    """A parsed ELF file. ``segments`` are the non-empty PT_LOADs in ascending ``paddr`` order, not overlapping."""
 
     entry: int
     segments: tuple[Segment, ...]
@@ -89,30 +106,40 @@ class Elf:
         return self.segments[-1].end
 
 
-def parse_elf(image: bytes, machine: int = EM_X86_64) -> Elf:
-    """Parse an executable. Raises ImageError when it is not a little-endian ELF64 one for ``machine``, or lies."""
+def parse_elf(image: bytes, machines: Collection[int] = (EM_X86_64,)) -> Elf:
+    """Parse an executable for one of ``machines``: EM_X86_64 means ELF64, EM_386 ELF32.
+
+    Raises ImageError when it is none, is not little-endian, or lies.
+    """
     view = memoryview(image)
-    if len(image) < _EHDR.size:
+    form = _FORMATS.get(image[4] if len(image) > 4 else 0, _FORMATS[_ELFCLASS64])
+    if image[:4] != b"\x7fELF" and len(image) >= form.ehdr.size:
+        raise ImageError("kernel is not an ELF file")
+    if len(image) < form.ehdr.size:
         raise ImageError("kernel is truncated: it ends inside its ELF header")
     (ident, kind, e_machine, _version, entry, phoff, shoff, _flags, _ehsize,
-     phentsize, phnum, shentsize, shnum, shstrndx) = _EHDR.unpack_from(view)  # fmt: skip
-    if ident[:4] != b"\x7fELF":
-        raise ImageError("kernel is not an ELF file")
-    if ident[4] != _ELFCLASS64:
-        raise ImageError("kernel is a 32-bit ELF file; only 64-bit PV kernels are supported")
+     phentsize, phnum, shentsize, shnum, shstrndx) = form.ehdr.unpack_from(view)  # fmt: skip
+    if ident[4] == _ELFCLASS32 and EM_386 not in machines:
+        raise ImageError(
+            "kernel is a 32-bit ELF file; only 64-bit PV kernels are supported",
+            hint='type = "pvh" starts 32-bit kernels that have a PHYS32_ENTRY note',
+        )
     if ident[5] != _ELFDATA2LSB:
         raise ImageError("kernel is a big-endian ELF file")
     if kind not in (_ET_EXEC, _ET_DYN):
         raise ImageError(f"kernel is not an executable (ELF type {kind})")
-    if e_machine != machine:
-        raise ImageError(f"kernel is for another processor (ELF machine {e_machine}, not {machine})")
-    headers = list(_table(view, "program", phoff, phnum, phentsize, _PHDR))
+    if e_machine not in machines or _CLASS_OF.get(e_machine) != ident[4]:
+        wanted = " or ".join(str(machine) for machine in machines)
+        raise ImageError(
+            f"kernel is for another processor (ELF class {ident[4]}, machine {e_machine}, not machine {wanted})"
+        )
+    headers = list(_program_headers(view, phoff, phnum, phentsize, form))
     segments = _load_segments(view, headers)
     segment_notes: list[Note] = []
     for p_type, _, offset, _, _, filesz, _, _ in headers:
         if p_type == _PT_NOTE:
             _append_notes(segment_notes, _slice(view, offset, filesz, "note segment"))
-    section_notes, xen_guest = _sections(view, shoff, shnum, shentsize, shstrndx)
+    section_notes, xen_guest = _sections(view, shoff, shnum, shentsize, shstrndx, form.shdr)
     return Elf(entry, segments, tuple(segment_notes), tuple(section_notes), xen_guest)
 
 
@@ -153,6 +180,15 @@ def _table(
         yield layout.unpack_from(table, i * entry_size)
 
 
+def _program_headers(
+    view: memoryview, offset: int, count: int, entry_size: int, form: _Format
+) -> Iterator[tuple[int, ...]]:
+    """Program headers with their fields in ELF64's order: type, flags, offset, vaddr, paddr, filesz, memsz, align."""
+    for row in _table(view, "program", offset, count, entry_size, form.phdr):
+        rest = row[1 : form.flags_at] + row[form.flags_at + 1 :]
+        yield row[0], row[form.flags_at], *rest
+
+
 def _load_segments(view: memoryview, headers: list[tuple[int, ...]]) -> tuple[Segment, ...]:
     segments = []
     for p_type, flags, offset, vaddr, paddr, filesz, memsz, _align in headers:
@@ -174,12 +210,12 @@ def _load_segments(view: memoryview, headers: list[tuple[int, ...]]) -> tuple[Se
 
 
 def _sections(
-    view: memoryview, shoff: int, shnum: int, shentsize: int, shstrndx: int
+    view: memoryview, shoff: int, shnum: int, shentsize: int, shstrndx: int, layout: struct.Struct
 ) -> tuple[list[Note], str | None]:
     """Notes in sections and the ``__xen_guest`` string; a file without a section table (stripped) has neither."""
     if shoff == 0:
         return [], None
-    headers = list(_table(view, "section", shoff, shnum, shentsize, _SHDR))
+    headers = list(_table(view, "section", shoff, shnum, shentsize, layout))
     notes: list[Note] = []
     xen_guest = None
     names = memoryview(b"")

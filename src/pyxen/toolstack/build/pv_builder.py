@@ -11,9 +11,6 @@ holds nothing else.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -34,12 +31,10 @@ from pyxen.abi.xen import (
     VcpuId,
 )
 from pyxen.errors import ConfigError
+from pyxen.toolstack.build.guest_memory import Area, GuestMemory, MemoryPrivCmd, populate
 from pyxen.toolstack.build.kernel import KernelImage
-from pyxen.toolstack.build.pv_layout import Area, Layout, plan
+from pyxen.toolstack.build.pv_layout import Layout, plan
 from pyxen.toolstack.build.pv_pages import FrameMap, hypercall_page, page_tables, start_info
-
-_CHUNK_PAGES: Final = 1024  # 4 MiB: about a millisecond of copying
-_POPULATE_PAGES: Final = 4096
 
 # xen/include/public/arch-x86/xen-x86_64.h
 _FLAT_KERNEL_CS: Final = 0xE033
@@ -51,17 +46,6 @@ _RSP: Final = 4  # hardware encoding order
 _RSI: Final = 6
 
 
-class ForeignMapping(Protocol):
-    """Frames of another domain, mapped."""
-
-    view: memoryview
-
-    def written(self) -> None:
-        """Tell the engines that the frames changed."""
-
-    def close(self) -> None: ...
-
-
 class DomainInfo(Protocol):
     """The part of XEN_DOMCTL_getdomaininfo that the builder needs."""
 
@@ -69,13 +53,8 @@ class DomainInfo(Protocol):
     def shared_info_mfn(self) -> int: ...
 
 
-class PrivCmd(Protocol):
+class PrivCmd(MemoryPrivCmd, Protocol):
     """The part of hypervisor.privcmd that the builder needs."""
-
-    def populate_physmap(self, domid: DomId, pfns: range) -> Sequence[range]:
-        """Give the domain a frame for each pfn and enter it in the M2P; machine frames as runs, in pfn order."""
-
-    def foreign_map(self, domid: DomId, gfn: Gfn, count: int = 1, writable: bool = True) -> ForeignMapping: ...
 
     def domain_info(self, domid: DomId) -> DomainInfo | None: ...
 
@@ -121,8 +100,8 @@ async def build(
     info = privcmd.domain_info(domid)
     if info is None:
         raise ConfigError(f"domain {domid} is gone")
-    frames = FrameMap(await _populate(privcmd, domid, nr_pages))
-    guest = _GuestMemory(privcmd, domid, frames)
+    frames = FrameMap(await populate(privcmd, domid, Area(0, nr_pages)))
+    guest = GuestMemory(privcmd, domid, frames.split)
 
     await _load_kernel(guest, image)
     if ramdisk and layout.ramdisk is not None:
@@ -160,66 +139,11 @@ async def build(
     )
 
 
-async def _populate(privcmd: PrivCmd, domid: DomId, nr_pages: int) -> list[range]:
-    runs: list[range] = []
-    for first in range(0, nr_pages, _POPULATE_PAGES):
-        for run in privcmd.populate_physmap(domid, range(first, min(first + _POPULATE_PAGES, nr_pages))):
-            if runs and runs[-1].stop == run.start:
-                runs[-1] = range(runs[-1].start, run.stop)
-            else:
-                runs.append(run)
-        await asyncio.sleep(0)
-    return runs
-
-
-class _GuestMemory:
-    """Writes by pfn."""
-
-    def __init__(self, privcmd: PrivCmd, domid: DomId, frames: FrameMap) -> None:
-        self._privcmd = privcmd
-        self._domid = domid
-        self._frames = frames
-
-    async def write(self, pfn: int, data: bytes | memoryview, offset: int = 0) -> None:
-        """Write ``data`` from byte ``offset`` (below a page) of frame ``pfn`` on; the rest of its pages stays."""
-        source = memoryview(data)
-        area = Area(pfn, offset + len(source) + PAGE_SIZE - 1 >> PAGE_SHIFT)
-        done = 0
-        for first, run in self._pieces(area):
-            skip = offset if first == pfn else 0
-            size = min((len(run) << PAGE_SHIFT) - skip, len(source) - done)
-            with self._mapped(run) as view:
-                view[skip : skip + size] = source[done : done + size]
-            done += size
-            await asyncio.sleep(0)
-
-    async def zero(self, start: int, end: int) -> None:
-        """Clear pseudo-physical bytes [start, end)."""
-        while start < end:
-            size = min(end - start, (_CHUNK_PAGES << PAGE_SHIFT) - (start & PAGE_SIZE - 1))
-            await self.write(start >> PAGE_SHIFT, bytes(size), start & PAGE_SIZE - 1)
-            start += size
-
-    def _pieces(self, area: Area) -> Iterator[tuple[int, range]]:
-        for first, run in self._frames.split(area):
-            for i in range(0, len(run), _CHUNK_PAGES):
-                yield first + i, run[i : i + _CHUNK_PAGES]
-
-    @contextmanager
-    def _mapped(self, run: range) -> Iterator[memoryview]:
-        mapping = self._privcmd.foreign_map(self._domid, Gfn(run[0]), len(run))
-        try:
-            yield mapping.view
-            mapping.written()
-        finally:
-            mapping.close()
-
-
-async def _load_kernel(guest: _GuestMemory, image: KernelImage) -> None:
+async def _load_kernel(guest: GuestMemory, image: KernelImage) -> None:
     """Copy the segments, clear the part of them that the file does not hold, fill the hypercall page."""
     for segment in image.segments:
         address = segment.paddr - image.parms.paddr_offset
-        await guest.write(address >> PAGE_SHIFT, segment.data, address & PAGE_SIZE - 1)
+        await guest.write_at(address, segment.data)
         await guest.zero(address + len(segment.data), address + segment.size)
     if image.parms.hypercall_page is not None:
         await guest.write(image.parms.hypercall_page - image.parms.virt_base >> PAGE_SHIFT, hypercall_page())

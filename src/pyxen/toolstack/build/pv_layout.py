@@ -20,23 +20,12 @@ from pyxen.abi.arch_x86 import HYPERVISOR_VIRT_END
 from pyxen.abi.xen import PAGE_SHIFT, PAGE_SIZE
 from pyxen.errors import ImageError
 from pyxen.toolstack.build.elf import SegmentFlags
+from pyxen.toolstack.build.guest_memory import Area
 from pyxen.toolstack.build.kernel import KernelImage
 
 _SLACK_PAGES: Final = 128
 _ALIGN: Final = 1 << 22
 _ENTRIES: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Area:
-    """``pages`` frames from ``pfn`` on."""
-
-    pfn: int
-    pages: int
-
-    @property
-    def end(self) -> int:
-        return self.pfn + self.pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +140,22 @@ class _Allocator:
     def take(self, what: str, pages: int) -> Area:
         area = Area(self.next, pages)
         if area.end > self._nr_pages:
-            need, have = (area.end * PAGE_SIZE + (1 << 20) - 1) >> 20, self._nr_pages * PAGE_SIZE / (1 << 20)
-            raise ImageError(
-                f"{have:g} MiB of memory are too little for this guest: its {what} ends at {need} MiB",
-                hint="raise memory= in its configuration",
-            )
+            raise too_little_memory(self._nr_pages, what, area.end << PAGE_SHIFT)
         self.next = area.end
         return area
 
     @property
     def nr_pages(self) -> int:
         return self._nr_pages
+
+
+def too_little_memory(nr_pages: int, what: str, end: int) -> ImageError:
+    """The error for a guest of ``nr_pages`` whose ``what`` ends at byte ``end``, which is beyond them."""
+    need, have = end + (1 << 20) - 1 >> 20, nr_pages * PAGE_SIZE / (1 << 20)
+    return ImageError(
+        f"{have:g} MiB of memory are too little for this guest: its {what} ends at {need} MiB",
+        hint="raise memory= in its configuration",
+    )
 
 
 def _pages(size_bytes: int) -> int:

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Final
 
 from pyxen.abi.xen import PAGE_SHIFT, PAGE_SIZE, START_INFO, Hypercall, Sif
-from pyxen.toolstack.build.pv_layout import Area, Layout, Table, VirtualMap
+from pyxen.toolstack.build.guest_memory import Area
+from pyxen.toolstack.build.pv_layout import Layout, Table, VirtualMap
 
 # As in libxc's xc_dom_x86.c. Xen adds _PAGE_USER to L1 entries itself where a guest kernel runs in ring 3.
 _L1_FLAGS: Final = 0x23  # present, writable, accessed

@@ -29,6 +29,7 @@ FEATURES: Final = {
     "hvm_safe_pvclock": 9,
     "hvm_pirqs": 10,
     "dom0": 11,
+    "linux_rsdp_unrestricted": 15,
 }
 _REFUSED: Final = {
     "auto_translated_physmap": "it runs only where Xen translates its memory",
@@ -70,12 +71,59 @@ class XenParms:
         return self.virt_base - self.paddr_offset
 
 
+@dataclass(frozen=True, slots=True)
+class PvhParms:
+    """What of a kernel's notes matters when it starts without paging, by PHYS32_ENTRY."""
+
+    entry: int
+    """Guest-physical address, below 4 GiB."""
+    guest_os: str
+    features_supported: int
+    """Bits of XENFEAT_*."""
+
+    @property
+    def finds_rsdp_anywhere(self) -> bool:
+        """Whether the kernel takes the RSDP's address from start_info; Linux before 4.20 looks below 1 MiB only."""
+        return self.guest_os != "linux" or bool(self.features_supported >> FEATURES["linux_rsdp_unrestricted"] & 1)
+
+
+def pvh_parms(elf: Elf) -> PvhParms:
+    """Decode and check for a PVH guest (elf_xen_note_check, elf_xen_addr_calc_check for ``hvm``): PHYS32_ENTRY is all
+    that is needed, and addresses are the file's physical ones. Raises ImageError for a kernel that has no such entry.
+    """
+    notes, from_notes = _collect(elf)
+    entry = notes.get(XenElfNote.PHYS32_ENTRY) if from_notes else None
+    if not isinstance(entry, int):
+        has_pv = XenElfNote.ENTRY in notes or (not from_notes and bool(notes))
+        raise ImageError(
+            "kernel cannot start as a PVH guest: it has no PHYS32_ENTRY note",
+            hint='it has a PV entry: use type = "pv"'
+            if has_pv
+            else 'a Linux kernel needs CONFIG_PVH; one with CONFIG_XEN_PV starts with type = "pv"',
+        )
+    if not any(segment.paddr <= entry < segment.end for segment in elf.segments) or entry >= 1 << 32:
+        raise ImageError(f"kernel's PHYS32_ENTRY {entry:#x} is outside of the kernel ({elf.start:#x} to {elf.end:#x})")
+    features = notes.get(XenElfNote.FEATURES, "")
+    required = features.split("|") if isinstance(features, str) else []
+    if "!dom0" in required:
+        raise ImageError(f"kernel requires the Xen feature dom0: {_REFUSED['dom0']}")
+    supported = notes.get(XenElfNote.SUPPORTED_FEATURES, 0)
+    bits = supported if isinstance(supported, int) else 0
+    for name in required:
+        bits |= 1 << FEATURES[name.lstrip("!")] if name.lstrip("!") in FEATURES else 0
+    guest_os = notes.get(XenElfNote.GUEST_OS, "")
+    return PvhParms(entry, guest_os if isinstance(guest_os, str) else "", bits)
+
+
 def xen_parms(elf: Elf) -> XenParms:
     """Decode and check.
 
     Raises ImageError for a kernel that is not for Xen, or that asks for what a PV guest cannot have.
     """
     notes, from_notes = _collect(elf)
+    if not notes and elf.xen_guest is None:
+        raise ImageError("kernel is not for Xen: no Xen notes and no __xen_guest section",
+                         hint="a Linux kernel needs CONFIG_XEN_PV")
     number = {kind: value for kind, value in notes.items() if isinstance(value, int)}
     text = {kind: value for kind, value in notes.items() if isinstance(value, str)}
 
@@ -171,10 +219,7 @@ def _collect(elf: Elf) -> tuple[dict[XenElfNote, int | str], bool]:
             raise ImageError(f"kernel's Xen note {kind.name} has {len(note.data)} bytes, not 4 or 8")
     if found:
         return found, True
-    if elf.xen_guest is None:
-        raise ImageError("kernel is not for Xen: no Xen notes and no __xen_guest section",
-                         hint="a Linux kernel needs CONFIG_XEN_PV")
-    for item in elf.xen_guest.split(","):
+    for item in (elf.xen_guest or "").split(","):
         key, _, value = item.partition("=")
         legacy = LEGACY_NAMES.get(key.strip())
         if legacy is None:

@@ -8,7 +8,15 @@ this version can make the domain, ``resolve`` finds the files a configuration na
 from __future__ import annotations
 
 from pyxen.toolstack.config.cpulist import Affinity, CpuList, HostCpus, parse_cpu_list
-from pyxen.toolstack.config.domain import ACTIONS, DomainConfig, check_creatable, check_name, parse, unsupported
+from pyxen.toolstack.config.domain import (
+    ACTIONS,
+    FEATURES,
+    DomainConfig,
+    check_creatable,
+    check_name,
+    parse,
+    unsupported,
+)
 from pyxen.toolstack.config.libxl_json import Running, domain_0_json, dumps, to_json
 from pyxen.toolstack.config.paths import cache_dir, guest_dir, resolve
 from pyxen.toolstack.config.settings import Settings
@@ -16,6 +24,7 @@ from pyxen.toolstack.config.syntax import ConfigSyntaxError
 
 __all__ = [
     "ACTIONS",
+    "FEATURES",
     "Affinity",
     "ConfigSyntaxError",
     "CpuList",

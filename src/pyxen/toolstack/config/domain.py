@@ -37,6 +37,12 @@ DEFAULT_MEMORY_MB = 32
 MAX_VCPUS = 8192
 """Most vCPUs a PV domain can have (MAX_VIRT_CPUS, xen/include/asm-x86/config.h)."""
 
+MAX_CREATABLE_VCPUS = 128
+"""Most vCPUs this version creates: HVM_MAX_VCPUS; PV domains have the same limit here."""
+
+FEATURES = frozenset({"pvh"})
+"""What :func:`unsupported` calls features and this version has."""
+
 MAX_NAME_BYTES = 255
 MAX_MEMORY_MB = (1 << 52) >> 20
 DEFAULT_WEIGHT = 256
@@ -274,9 +280,13 @@ def unsupported(config: DomainConfig, features: Iterable[str] = ()) -> list[str]
         name = setting.name
         handling = OPTIONS.get(name)
         refused = False
-        if name in have:
+        if name in have and name != "pvh":  # the option of that name is 4.6's, the feature its successor
             continue
-        if handling is Handling.LATER or (handling is Handling.HVM_ONLY and config.type != "pv"):
+        if (
+            handling is Handling.LATER
+            or (handling is Handling.HVM_ONLY and config.type == "hvm")
+            or (handling is Handling.TRANSLATED and config.type != "pv")
+        ):
             refused = asks_for_something(name, setting.value)
         elif name in ("type", "builder"):
             refused = config.type != "pv" and config.type not in have
@@ -300,8 +310,16 @@ def check_creatable(config: DomainConfig, features: Iterable[str] = ()) -> None:
         raise ConfigError(f"memory={config.memory_mb} is out of range")
     if not config.memory_mb <= config.maxmem_mb <= MAX_MEMORY_MB:
         raise ConfigError(f"maxmem={config.maxmem_mb} is less than memory={config.memory_mb} or out of range")
+    if config.type == "pvh" and config.maxmem_mb > config.memory_mb:
+        raise ConfigError(
+            f"maxmem={config.maxmem_mb} above memory={config.memory_mb} would need populate-on-demand, which PVH "
+            "domains do not have here",
+            hint=f"set both to the same value; memory={config.maxmem_mb} can be lowered at run time (xl mem-set)",
+        )
     if config.vcpus_set == 0 or config.maxvcpus_set == 0:
         raise ConfigError("a domain needs a vCPU")
+    if config.max_vcpus > MAX_CREATABLE_VCPUS:
+        raise ConfigError(f"a domain has at most {MAX_CREATABLE_VCPUS} vCPUs, not {config.max_vcpus}")
     if not 1 <= config.cpu_weight <= 65535:
         raise ConfigError(f"cpu_weight={config.cpu_weight} is out of range", hint="1 to 65535")
     if not 0 <= config.cap <= 100 * config.max_vcpus:
@@ -320,5 +338,5 @@ def _refuse(config: DomainConfig, names: list[str]) -> NoReturn:
     if len(names) > 1:
         hint = f"remove it and {', '.join(names[1:])} from the configuration"
     if name in ("type", "builder"):
-        hint = 'this version runs type = "pv"'
+        hint = 'this version runs type = "pv" and type = "pvh"'
     raise ConfigError(f"option `{shown}' is not supported by this version of pyxen", hint=hint)

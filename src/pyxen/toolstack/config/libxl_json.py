@@ -68,6 +68,8 @@ def _build_info(config: DomainConfig, running: Running | None, host: HostCpus | 
     if (config.cpus is not None and config.cpus.per_vcpu) or config.cpus_soft is not None:
         info["numa_placement"] = "False"
     if running is not None:
+        if config.type == "pvh":
+            info["tsc_mode"] = "native"  # libxl's choice for PVH; a PV domain keeps the default, which is not shown
         info["max_memkb"] = running.max_memkb
         info["target_memkb"] = running.target_memkb
         info["video_memkb"] = 0

@@ -21,7 +21,9 @@ class Handling(Enum):
     INERT = auto()
     """Accepted: it changes nothing that a guest or a person could see here."""
     HVM_ONLY = auto()
-    """Ignored for a PV domain, as xl does; refused for others."""
+    """Ignored for PV and PVH domains, as xl does; refused for HVM."""
+    TRANSLATED = auto()
+    """Ignored for a PV domain, as xl does; refused for others when it asks for what does not happen anyway."""
     LATER = auto()
     """Refused at create time when it asks for something (an empty list, an empty string and 0 do not)."""
 
@@ -37,16 +39,19 @@ _INERT = """
     claim_mode shadow_memory videoram nomigrate suspend_cancel run_hotplug_scripts numa_placement pci_msitranslate
     pci_permissive pci_power_mgmt pci_seize vifscript
 """
+_TRANSLATED = """
+    hap acpi apic nestedhvm altp2m altp2mhvm pvshim pvshim_path pvshim_cmdline pvshim_extra
+"""
 _HVM_ONLY = """
-    hap oos pae nx acpi acpi_s3 acpi_s4 acpi_laptop_slate acpi_firmware smbios_firmware system_firmware apic boot bios
-    bios_path_override hpet vpt_align timer_mode nestedhvm altp2m altp2mhvm viridian usb usbdevice usbversion vga stdvga
+    oos pae nx timer_mode acpi_s3 acpi_s4 acpi_laptop_slate acpi_firmware smbios_firmware system_firmware boot bios
+    bios_path_override hpet vpt_align viridian usb usbdevice usbversion vga stdvga
     vendor_device xen_platform_pci mmio_hole mmio_hole_memkb ms_vm_genid mca_caps hdtype serial soundhw spice spicehost
     spiceport spicetls_port spicedisable_ticketing spicepasswd spiceagent_mouse spicevdagent spice_clipboard_sharing
     spiceusbredirection spice_image_compression spice_streaming_video vkb_device gfx_passthru rdm rdm_mem_boundary
     nographic
     device_model_version device_model_override device_model_stubdomain_override device_model_stubdomain_seclabel
     device_model_args device_model_args_pv device_model_args_hvm device_model_user dm_restrict stubdomain_memory
-    stubdomain_kernel stubdomain_ramdisk stubdomain_cmdline pvshim pvshim_path pvshim_cmdline pvshim_extra vm_watchdog
+    stubdomain_kernel stubdomain_ramdisk stubdomain_cmdline vm_watchdog
     hvm_firmware firmware_override vnclisten vncdisplay vncunused vncpasswd opengl keymap display xauthority monitor
     console blkdev_start
 """
@@ -63,6 +68,7 @@ OPTIONS: dict[str, Handling] = {
     for names, handling in (
         (_TYPED, Handling.TYPED),
         (_INERT, Handling.INERT),
+        (_TRANSLATED, Handling.TRANSLATED),
         (_HVM_ONLY, Handling.HVM_ONLY),
         (_LATER, Handling.LATER),
     )
@@ -74,6 +80,10 @@ _ASKS_NOTHING = frozenset({"", "0"})
 _SAME_AS_DEFAULT = {
     "tsc_mode": frozenset({"default", "0", "native", "2"}),
     "passthrough": frozenset({"disabled", "default", "0"}),
+    "hap": frozenset({"1"}),
+    "acpi": frozenset({"1"}),
+    "apic": frozenset({"1"}),
+    "altp2m": frozenset({"", "0", "disabled"}),
 }
 
 
