@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _BUFFERS_AT = 0x10000
 _OVERHEAD_KB = 1024
+SUPERPAGE_ORDER = 9
+"""2 MiB."""
 
 
 class Dom0Caller:
@@ -388,7 +390,7 @@ class PrivCmd(HvmControl):
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.memory_adjust_reservation(self._dom0, domain)
         frames = self._hypervisor.frames
-        runs = frames.alloc_domheap_many(domain, len(pfns))
+        runs = frames.alloc_domheap_many(domain, len(pfns), SUPERPAGE_ORDER if domain.is_hvm else 0)
         if domain.is_hvm:
             populate(domain, pfns, runs)
             return runs

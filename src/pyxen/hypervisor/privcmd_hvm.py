@@ -154,6 +154,9 @@ def populate(domain: Domain, pfns: Sequence[int], runs: list[range]) -> None:
     """Enter fresh frames of a translated domain in its p2m, in the order of ``pfns``. XenError(ENOMEM, EINVAL): the
     frames that have no place are the domain's all the same, until it dies."""
     p2m = domain.hvm.p2m
+    if isinstance(pfns, range) and pfns.step == 1:
+        p2m.populate(pfns.start, runs)
+        return
     at = 0
     for run in runs:
         offset = 0
