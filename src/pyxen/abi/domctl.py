@@ -32,6 +32,7 @@ class Domctl(IntEnum):
     SETDOMAINHANDLE = 17
     GETVCPUAFFINITY = 25
     RESUMEDOMAIN = 27
+    SENDTRIGGER = 28
     HYPERCALL_INIT = 29
     SET_MAX_EVTCHN = 70
 
@@ -65,7 +66,22 @@ SCHEDULER_OP: Final = struct.Struct("<IIHH")
 """sched_id, cmd, then for credit: weight, cap."""
 HYPERCALL_INIT: Final = struct.Struct("<Q")
 """gmfn."""
+VCPUAFFINITY: Final = struct.Struct("<IIQI4xQI4x")
+"""vcpu, flags, then two struct xenctl_bitmap (handle, nr_bits): hard, soft."""
+VCPUAFFINITY_HARD: Final = 1 << 0
+VCPUAFFINITY_SOFT: Final = 1 << 1
+SENDTRIGGER: Final = struct.Struct("<II")
+"""trigger, vcpu."""
+SENDTRIGGER_NMI: Final = 0
+SENDTRIGGER_RESET: Final = 1
+SENDTRIGGER_INIT: Final = 2
+SENDTRIGGER_POWER: Final = 3
+SENDTRIGGER_SLEEP: Final = 4
 INVALID_MAX_VCPU_ID: Final = 0xFFFFFFFF
+SCHEDULER_SEDF: Final = 4
 SCHEDULER_CREDIT: Final = 5
+SCHEDULER_CREDIT2: Final = 6
+SCHEDULER_ARINC653: Final = 7
+SCHEDULER_RTDS: Final = 8
 SCHEDOP_PUTINFO: Final = 0
 SCHEDOP_GETINFO: Final = 1

@@ -29,6 +29,7 @@ from pyxen.hypervisor.frames import PGT_WRITABLE
 from pyxen.hypervisor.grant_map import BackendMapping, map_for_backend
 from pyxen.hypervisor.hypercall import Preempted, call
 from pyxen.hypervisor.hypercall_table import build_table
+from pyxen.hypervisor.privcmd_sched import CpuTopology, NodeInfo, PoolInfo, SchedulerCalls
 from pyxen.hypervisor.sysctl import hardware_caps
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
 
@@ -223,7 +224,7 @@ def _counters(domain: Domain) -> dict[str, int]:
     return counts
 
 
-class PrivCmd:
+class PrivCmd(SchedulerCalls):
     """See the module's text."""
 
     def __init__(self, hypervisor: Hypervisor) -> None:
@@ -269,13 +270,6 @@ class PrivCmd:
             yield result
 
     # --- domains -----------------------------------------------------------------------------------------
-
-    def _target(self, domid: int, command: int) -> Domain:
-        domain = lifecycle.find(self._hypervisor, domid)
-        self._hypervisor.xsm.domctl(self._dom0, domain, command)
-        if domain.is_privileged:
-            raise XenError(errno.EINVAL)  # we are it: there is no guest that could be paused or set up
-        return domain
 
     def domain_create(self, handle: bytes, *, max_vcpus: int = 1, pv_mode: PvMode = "exact") -> DomId:
         """A new PV domain with its vCPUs (down) and no memory, paused once by its controller."""
@@ -497,11 +491,6 @@ class PrivCmd:
         """(weight, cap)."""
         return self._hypervisor.scheduler.ops.parameters(self._target(domid, Domctl.SCHEDULER_OP))
 
-    def sched_credit_parameters(self) -> tuple[int, int]:
-        """(timeslice in ms, rate limit in us)."""
-        found = self._hypervisor.scheduler.ops.global_parameters()
-        return found["tslice_ms"], found["ratelimit_us"]
-
     # --- host ------------------------------------------------------------------------------------------------
 
     def physinfo(self) -> PhysInfo:
@@ -536,4 +525,7 @@ class PrivCmd:
         return int(value) & MASK64
 
 
-__all__ = ["Dom0Caller", "DomainInfo", "Gfn", "LocalPort", "Mapping", "PhysInfo", "PrivCmd", "VcpuInfo"]
+__all__ = [
+    "CpuTopology", "Dom0Caller", "DomainInfo", "Gfn", "LocalPort", "Mapping", "NodeInfo", "PhysInfo", "PoolInfo",
+    "PrivCmd", "VcpuInfo",
+]
