@@ -58,7 +58,9 @@ def test_sizes_are_those_of_the_c_structures() -> None:
 # --- affinity --------------------------------------------------------------------------------------------
 
 
-def affinity(host: Machine, command: int, guest: Guest, vcpu: int, flags: int, hard: bytearray, soft: bytearray) -> None:
+def affinity(
+    host: Machine, command: int, guest: Guest, vcpu: int, flags: int, hard: bytearray, soft: bytearray
+) -> None:
     union = dabi.VCPUAFFINITY.pack(vcpu, flags, HANDLE, 8 * len(hard), SECOND, 8 * len(soft))
     domctl(host, command, guest.domid, union, hard, soft)
 
