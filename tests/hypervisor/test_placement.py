@@ -13,7 +13,6 @@ from pyxen.abi import domctl as dabi
 from pyxen.abi import sysctl as sabi
 from pyxen.abi.domctl import Domctl
 from pyxen.abi.sysctl import CpupoolOp, Sysctl
-from tests.hypervisor.pools_double import install
 from tests.hypervisor.rig import Guest, Machine, machine
 from tests.hypervisor.test_control import HANDLE, domctl, fails, sysctl
 
@@ -27,7 +26,6 @@ HARD, SOFT = dabi.VCPUAFFINITY_HARD, dabi.VCPUAFFINITY_SOFT
 def big() -> Iterator[Machine]:
     """Two nodes of two sockets... of three cores: twelve pCPUs."""
     with machine("nodes=2,sockets=4,cores=3") as host:
-        install(host.hv)
         yield host
 
 

@@ -32,6 +32,14 @@ def pool_at_or_after(hypervisor: Hypervisor, poolid: int) -> CpuPool:
     return min(found, key=lambda pool: pool.poolid)
 
 
+def create(hypervisor: Hypervisor, sched_id: int, poolid: int | None) -> int:
+    """XEN_SYSCTL_CPUPOOL_OP_CREATE: a pool without pCPUs; its id. ENOENT (scheduler_alloc) for a scheduler that is not
+    here, EEXIST."""
+    if sched_id != SCHEDULER_CREDIT:
+        raise XenError(errno.ENOENT)
+    return hypervisor.cpupools.create(sched_id, poolid).poolid
+
+
 def assign_cpu(hypervisor: Hypervisor, poolid: int, cpu: int | None) -> None:
     """XEN_SYSCTL_CPUPOOL_OP_ADDCPU: a free pCPU (None: the first free one) joins a pool. EINVAL, EBUSY, ENOENT."""
     free = hypervisor.cpupools.free_cpus
@@ -78,7 +86,7 @@ def cpupool_op(caller: Caller, union: int, request: bytes) -> None:
     one_cpu = None if cpu == _ANY else cpu
     limit = hypervisor.topology.nr_cpus
     if op == CpupoolOp.CREATE:
-        poolid = hypervisor.cpupools.create(sched_id, None if poolid == _ANY else poolid).poolid
+        poolid = create(hypervisor, sched_id, None if poolid == _ANY else poolid)
     elif op == CpupoolOp.DESTROY:
         hypervisor.cpupools.destroy(poolid)
     elif op == CpupoolOp.INFO:

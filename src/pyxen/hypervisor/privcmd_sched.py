@@ -95,7 +95,7 @@ class SchedulerCalls:
 
     def cpupool_create(self, sched_id: int = SCHEDULER_CREDIT, poolid: int | None = None) -> int:
         """A new pool without pCPUs; its id. EEXIST for an id that is taken, ENOENT for a scheduler that is not here."""
-        return self._pools().cpupools.create(sched_id, poolid).poolid
+        return cpupool_op.create(self._pools(), sched_id, poolid)
 
     def cpupool_destroy(self, poolid: int) -> None:
         """EBUSY while it has pCPUs or domains. ENOENT."""
