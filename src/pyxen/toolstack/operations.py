@@ -30,13 +30,12 @@ from pyxen.toolstack.build.kernel import KernelImage, PvhImage, load_kernel, loa
 from pyxen.toolstack.config import DomainConfig, check_creatable, resolve
 from pyxen.toolstack.config.domain import PvMode
 from pyxen.toolstack.domains import DomainRecord, DomainTable, EventLog, Phase
+from pyxen.toolstack.runtime import MAXMEM_SLACK_KB
 from pyxen.toolstack.services import Services, in_thread, to_the_end
 
 log = logging.getLogger("pyxen.toolstack")
 
 MAX_KERNEL_BYTES: Final = 1 << 30
-MAXMEM_SLACK_KB: Final = 1024
-"""LIBXL_MAXMEM_CONSTANT: what libxl allows a domain beyond its ``maxmem`` (rings and tables its drivers share)."""
 
 
 class Operations:
