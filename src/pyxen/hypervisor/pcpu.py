@@ -42,6 +42,8 @@ _T = TypeVar("_T")
 _LONGEST_SLEEP_S: Final = 3600.0
 _LEAST_RUN_NS: Final = 50_000
 """How long a guest that is entered gets, however late its timers are."""
+_FIRST_RUN_NS: Final = 150_000
+"""The same after a switch: what the switch takes is not to be taken from a vCPU's 200 µs."""
 _ident = threading.get_ident
 
 
@@ -302,8 +304,10 @@ class Pcpu:
             self._in_guest = True
         rendezvous = self.hypervisor.rendezvous
         rendezvous.enter(vcpu.domain, self)
+        least = _LEAST_RUN_NS
         try:
             if cpu.loaded is not context:
+                least = _FIRST_RUN_NS
                 # vCPUs of one domain share what the TLB holds; a flush that one of them missed it makes up for in
                 # before_entry().
                 cpu.load(context, keep_tlb=self._tlb_of is vcpu.domain)
@@ -321,9 +325,9 @@ class Pcpu:
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns
                 deadline = forced if deadline is None else min(deadline, forced)
-            if deadline is not None and deadline <= (now := self.clock.now_ns()):
-                # A slice that was over before the switch to it was: on a busy host that could be so for ever.
-                deadline = now + _LEAST_RUN_NS
+            if deadline is not None and deadline < (now := self.clock.now_ns()) + least:
+                # A slice may be over before the switch to it is: on a busy host that could be so for ever.
+                deadline = now + least
             self.entries += 1
             self._running = True
             try:
