@@ -83,8 +83,6 @@ class Pcpu:
         self._running = False
         """Inside Cpu.run(). Of this thread only: true in trap handlers."""
         self._resched = False
-        self._tlb_of: Domain | None = None
-        """Whose translations the engine holds, none but whose."""
         self._pause_exits = False
         """Whether PAUSE leaves the loaded context."""
         self._current: Vcpu | None = None
@@ -308,10 +306,8 @@ class Pcpu:
         try:
             if cpu.loaded is not context:
                 least = _FIRST_RUN_NS
-                # vCPUs of one domain share what the TLB holds; a flush that one of them missed it makes up for in
-                # before_entry().
-                cpu.load(context, keep_tlb=self._tlb_of is vcpu.domain)
-                self._tlb_of = vcpu.domain
+                cpu.load(context)
+                self._pause_exits = False
                 self._pause_exits = False
             siblings = self.scheduler.ops.has_siblings(vcpu)
             if siblings is not self._pause_exits:
@@ -361,8 +357,6 @@ class Pcpu:
         loaded = self.cpu.loaded
         if loaded is not None and any(vcpu.context is loaded for vcpu in domain.vcpus):
             self.cpu.unload()
-        if self._tlb_of is domain:
-            self._tlb_of = None  # its tables will change where this engine does not see it
         self.code.leave(domain, self.hypervisor.frames)
 
     # --- contexts ----------------------------------------------------------------------------------------

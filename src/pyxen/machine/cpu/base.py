@@ -335,14 +335,9 @@ class Cpu(Protocol):
         """
         ...
 
-    def load(self, context: Context, *, keep_tlb: bool = False) -> None:
+    def load(self, context: Context) -> None:
         """Make ``context`` the running one; saves the one that was loaded, if any; flushes the TLB. No-op if already
-        loaded.
-
-        With ``keep_tlb`` the caller vouches that this CPU has loaded only contexts of one guest since its last
-        flush, and that whatever this context was to forget meanwhile will be flushed before it runs; then translations
-        made under the same root (and CR0, CR4, EFER, nested root) stay.
-        """
+        loaded."""
         ...
 
     def unload(self) -> None:

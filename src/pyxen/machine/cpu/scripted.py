@@ -245,7 +245,7 @@ class ScriptedCpu:
         registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, _FXSAVE_RESET)
         return ScriptedContext(script, registers)
 
-    def load(self, context: Context, *, keep_tlb: bool = False) -> None:
+    def load(self, context: Context) -> None:
         """Make ``context`` the running one."""
         if context is self.loaded:
             return

@@ -58,7 +58,6 @@ _HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
 # breakpoint, overflow and the direct int 0x80. All others are #GP with the gate's selector error code.
 DIRECT_VECTORS = frozenset((3, 4, 0x80))
 
-_TRANSLATION_STATE = tuple(at >> 3 for at in (ui.CR0, ui.CR3, ui.CR4, ui.EFER, ui.NESTED_CR3))
 _TRANSLATION_CACHE = 128 << 20
 _MAX_POSTED = 16384
 
@@ -413,9 +412,9 @@ class UnicornX86(HvmPart):
         """A context in 64-bit mode with flat segments of privilege level ``cpl`` (0, 1 or 3)."""
         return UnicornContext(self._blank[cpl])
 
-    def load(self, context: Context, *, keep_tlb: bool = False) -> None:
+    def load(self, context: Context) -> None:
         """Make ``context`` the running one, here or inside a trap handler (whose returned RIP then is the new
-        context's). ``keep_tlb``: see :class:`~pyxen.machine.cpu.base.Cpu`."""
+        context's)."""
         if context is self.loaded:
             return
         if not isinstance(context, UnicornContext):
@@ -423,10 +422,6 @@ class UnicornX86(HvmPart):
         if context.engine is not None:
             raise InternalError("the context is loaded on another CPU")
         self.unload()
-        hvm = isinstance(context, UnicornHvmContext)
-        if keep_tlb and hvm:
-            # Every control register that a translation depends on.
-            keep_tlb = all(self._v64[at] == context.view64[at] for at in _TRANSLATION_STATE)
         ctypes.memmove(self._state.env, context.buffer, ui.CONTEXT_SIZE)
         if self._running:
             self._v64[ui.EFLAGS >> 3] &= ~ui.FLAGS_LAZY
@@ -439,35 +434,15 @@ class UnicornX86(HvmPart):
             self._lib.update_dr7(self._env, context.dr7)
         else:
             self._v64[(ui.DR + 56) >> 3] = context.dr7
-        if not keep_tlb:
-            self._lib.tlb_flush(self._cpu)
-            self._slot = 1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0
-            self._roots = [-1, -1]
-            self._roots[self._slot] = self.cr3
-        elif not hvm:
-            self._load_space(1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0, self.cr3)
+        self._lib.tlb_flush(self._cpu)
+        self._slot = 1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0
+        self._roots = [-1, -1]
+        self._roots[self._slot] = self.cr3
         self._block32[PAUSE_EXITS >> 2] = 0
         if isinstance(context, UnicornHvmContext):
             self._load_events(context)
         context.engine = self
         self.loaded = context
-
-    def _load_space(self, slot: int, root: int) -> None:
-        """The loaded context is in address space ``slot`` with ``root``, and translations of the one before it, of the
-        same guest, hold for it as far as roots are the same."""
-        stale = 0
-        if slot != self._slot:
-            exchange = self._lib.exchange_spaces
-            if exchange is None:
-                self._roots = [-1, -1]
-            else:
-                stale = exchange(self._env, root) & KERNEL_PART
-            self._slot = slot
-        if self._roots[slot] != root:
-            self._roots[slot] = root
-            stale |= USER_PART | KERNEL_PART
-        if stale:
-            self._lib.tlb_flush_by_mmuidx(self._cpu, stale)
 
     def unload(self) -> None:
         """Save the loaded context."""

@@ -118,9 +118,9 @@ class HvmVcpu:
     def flush_tlb(self) -> None:
         """Forget every translation, here now and in the engine before the next guest instruction."""
         cpu = self.cpu
-        self.flush_wanted = True  # before its next instruction, whether it is loaded now or not
         if cpu is None or cpu.loaded is not self.vcpu.context:
-            return
+            return  # loading a context flushes
+        self.flush_wanted = True
         if self.domain.evtchn.home_thread != _ident():
             cpu.kick()
 
