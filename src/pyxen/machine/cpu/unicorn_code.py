@@ -24,6 +24,7 @@ _OPERAND_SIZE = {"b": 1, "d": 4, "q": 8}
 # "b" and "d" are hex digits too, but a byte of hex has two of them.
 
 JE, JNE, JAE, JLE, JMP = "74", "75", "73", "7e", "eb"
+JA, JB, JBE, JS, JNS = "77", "72", "76", "78", "79"
 
 
 def jump(source: int, target: int) -> bytes:
@@ -38,7 +39,7 @@ class Code:
         self.address = address
         self._bytes = bytearray()
         self._labels: dict[str, int] = {}
-        self._branches: list[tuple[int, str]] = []
+        self._branches: list[tuple[int, int, str]] = []
 
     def raw(self, text: str, *operands: int) -> None:
         """Words of hex; ``b``, ``d`` and ``q`` stand for the operands, in order, as 8, 32 and 64 bits."""
@@ -53,7 +54,13 @@ class Code:
     def branch(self, opcode: str, label: str) -> None:
         """A short jump to ``label``."""
         self._bytes += bytes.fromhex(opcode) + b"\0"
-        self._branches.append((len(self._bytes), label))
+        self._branches.append((len(self._bytes), 1, label))
+
+    def far(self, opcode: str, label: str) -> None:
+        """As :meth:`branch`, to any distance."""
+        number = bytes.fromhex(opcode)[0]
+        self._bytes += (b"\xe9" if opcode == JMP else bytes((0x0f, number + 0x10))) + bytes(4)
+        self._branches.append((len(self._bytes), 4, label))
 
     def label(self, name: str) -> None:
         """Here."""
@@ -65,8 +72,8 @@ class Code:
 
     def finish(self) -> bytes:
         """The code with all distances filled in."""
-        for end, label in self._branches:
-            self._bytes[end - 1:end] = struct.pack("<b", self._labels[label] - end)
+        for end, size, label in self._branches:
+            self._bytes[end - size:end] = (self._labels[label] - end).to_bytes(size, "little", signed=True)
         return bytes(self._bytes)
 
 

@@ -23,9 +23,12 @@ import os
 import re
 from collections.abc import Callable
 from ctypes import c_bool, c_int, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyxen.errors import EngineError
+
+if TYPE_CHECKING:
+    from pyxen.machine.cpu.unicorn_hvm import Placed
 
 EXPECTED_VERSION = "2.1.4"
 
@@ -65,6 +68,13 @@ EXCEPTION_NEXT_EIP = 0x1510
 DR = 0x1518           # target_ulong dr[8], then 4 pointers to breakpoints
 BREAKPOINTS = 0x1558
 OLD_EXCEPTION = 0x1578
+VM_VMCB = 0x1580
+INTERCEPT = 0x1590
+NESTED_CR3, NESTED_MODE = 0x15a8, 0x15b0
+V_TPR = 0x15b4        # uint8_t
+SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x12c0, 0x12c8, 0x12d0
+STAR, LSTAR, CSTAR, FMASK, KERNEL_GS_BASE, TSC_AUX = 0x12d8, 0x12e8, 0x12f0, 0x12f8, 0x1300, 0x1320
+MTRR_DEFTYPE = 0x1908 # beyond a context; unicorn_hvm keeps a pointer there
 UC_POINTER = 0x1b58
 CONTEXT_SIZE = 0x15c0
 """What belongs to the guest: everything above is configuration of the CPU model, or pointers into this engine."""
@@ -77,15 +87,23 @@ FLAGS_LAZY = 0xcd5        # these and DF are absent from env.eflags while code r
 HF_CPL = 3
 HF_CS32, HF_SS32, HF_ADDSEG = 1 << 4, 1 << 5, 1 << 6
 HF_TS = 1 << 11
-HF_CS64 = 1 << 15
+HF_INHIBIT_IRQ = 1 << 3
+HF_LMA, HF_CS64 = 1 << 14, 1 << 15
 HF_GUEST = 1 << 21
+HF_SMAP = 1 << 23
 HF_FROM_EFLAGS = 0x73100  # TF IOPL RF VM AC: the translator takes them from eflags, a stale copy here would stick
+
+HF2_GIF, HF2_NMI, HF2_NPT = 1 << 0, 1 << 2, 1 << 6
 
 # --- CPUState and uc_struct ------------------------------------------------------------------------------------------
 CPU_INTERRUPT_REQUEST = 0x1c
+CPU_EXCEPTION_INDEX = 0x81a0
 CPU_UC = 0x81a8
+UC_TCG = 0x300            # tcg_ctx
 UC_RAM_BLOCKS = 0x298     # ram_list.blocks; RAMBlock: mr, host, offset, used_length
 RAM_BLOCK_HOST, RAM_BLOCK_OFFSET, RAM_BLOCK_USED = 0x08, 0x10, 0x18
+INTERRUPT_VIRQ = 0x100
+INTERRUPT_EVENT = 0x10000 # ours: an event waits (unicorn_hvm)
 INTERRUPT_HALT = 0x20     # CPU_INTERRUPT_HALT, which this engine never uses: unicorn_patches makes it "leave the run"
 
 # uc_err values that a run can end with (unicorn.h)
@@ -101,6 +119,10 @@ HOOK_INTR = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
 HOOK_INVALID = ctypes.CFUNCTYPE(c_bool, c_void_p, c_void_p)
 HOOK_SYSCALL = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
 HOOK_CPUID = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p)
+HOOK_IN = ctypes.CFUNCTYPE(c_uint32, c_void_p, c_uint32, c_int, c_void_p)
+HOOK_OUT = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_int, c_uint32, c_void_p)
+MMIO_READ = ctypes.CFUNCTYPE(c_uint64, c_void_p, c_uint64, ctypes.c_uint, c_void_p)
+MMIO_WRITE = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, ctypes.c_uint, c_uint64, c_void_p)
 HOOK_MEMORY = ctypes.CFUNCTYPE(c_bool, c_void_p, c_int, c_uint64, c_int, ctypes.c_int64, c_void_p)
 
 _HINT = f"install unicorn=={EXPECTED_VERSION} from PyPI (Linux x86-64 wheel): pip install 'unicorn=={EXPECTED_VERSION}'"
@@ -160,6 +182,7 @@ class Library:
 
         # Set by unicorn_patches:
         self.next_code: Callable[[int, int, int], int]                 # unicorn_dirty
+        self.hvm: Placed                                               # unicorn_hvm
         self.block_check = False                                       # unicorn_blockcheck is installed
         self.exchange_spaces: Callable[[Any, int], int] | None = None  # unicorn_spaces
 
@@ -169,6 +192,9 @@ class Library:
         self.emu_start.restype = c_int
         self.hook_add = self._held.uc_hook_add
         self.hook_add.restype = c_int
+        self.mmio_map = self._held.uc_mmio_map
+        self.mmio_map.argtypes = (c_void_p, c_uint64, c_size_t, c_void_p, c_void_p, c_void_p, c_void_p)
+        self.mmio_map.restype = c_int
         self.tlb_flush = self._function("tlb_flush_x86_64", None, c_void_p)
         self.tlb_flush_by_mmuidx = self._function("tlb_flush_by_mmuidx_x86_64", None, c_void_p, c_uint16)
         self.tlb_flush_page = self._function("tlb_flush_page_x86_64", None, c_void_p, c_uint64)
@@ -177,6 +203,8 @@ class Library:
                                                   c_void_p, c_uint64, c_uint64)
         self.update_hflags = self._function("x86_update_hflags_x86_64", None, c_void_p)
         self.read_eflags = self._function("helper_read_eflags_x86_64", c_uint64, c_void_p)
+        self.update_cr0 = self._function("cpu_x86_update_cr0_x86_64", None, c_void_p, c_uint32)
+        self.update_cr4 = self._function("cpu_x86_update_cr4_x86_64", None, c_void_p, c_uint32)
         self.update_dr7 = self._function("cpu_x86_update_dr7_x86_64", None, c_void_p, c_uint32)
 
         check = self.code("helper_check_exit_request_x86_64", 48)

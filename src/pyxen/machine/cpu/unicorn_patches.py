@@ -20,14 +20,14 @@ run in any number of threads. Engines that are not ours (``no_exit_request`` cle
 * ``helper_rdpmc`` has its test of CR4.PCE the wrong way round: #GP outside of ring 0 without PCE, as hardware has it.
 * ``helper_in*/out*``: Unicorn dropped the privilege check of port I/O. The patch restores #GP(0) for code outside of
   ring 0 (PV
-  guests never have IOPL or an I/O bitmap of their own in hardware: Xen emulates both) and leaves guests under nested
-  paging alone.
+  guests never have IOPL or an I/O bitmap of their own in hardware: Xen emulates both) and the whole check for guests
+  under nested paging.
 * ``x86_cpu_exec_interrupt``: a stop that sticks. Every other way to stop a run is undone when a run starts, so a
   kick at that
   moment would be lost. Here the HALT bit of ``interrupt_request``, which nothing else uses, leaves the loop before
   the next block.
 
-``unicorn_dirty``, ``unicorn_blockcheck`` and ``unicorn_spaces`` hold the larger ones.
+``unicorn_dirty``, ``unicorn_hvm``, ``unicorn_blockcheck`` and ``unicorn_spaces`` hold the larger ones.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty, unicorn_spaces
+from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty, unicorn_hvm, unicorn_spaces
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.unicorn_code import JE, JNE, Code, CodePage, jump
 
-_GP_VECTOR = 13
+_PAGE_SIZE = 0x4000
 
 
 class _Patch(NamedTuple):
@@ -69,45 +69,50 @@ _EXCHANGES = (
 )
 
 
-def _refuse_port_io(lib: ui.Library, code: Code) -> None:
-    code.raw("488b87 d", ui.UC_POINTER)                        # mov rax, [rdi+uc]
-    code.raw("80b8 d 00", lib.uc_no_exit_request)              # cmp byte [rax+no_exit_request], 0
-    code.branch(JE, "original")
-    code.raw("f687 d b", ui.HFLAGS, ui.HF_CPL)                 # test byte [rdi+hflags], CPL
-    code.branch(JE, "original")
-    code.raw("f787 d d", ui.HFLAGS, ui.HF_GUEST)               # test dword [rdi+hflags], GUEST
-    code.branch(JNE, "original")
-    code.raw("488b0c24")                                       # mov rcx, [rsp]: where the helper was called from
-    code.raw("be d 31d2", _GP_VECTOR)                          # mov esi, 13; xor edx, edx (error code)
-    code.raw("48b8 q ffe0", lib.address("raise_exception_err_ra_x86_64"))
-    code.label("original")
+def _port_io(size: str) -> Callable[[ui.Library, Code], None]:
+    def check(lib: ui.Library, code: Code) -> None:
+        code.raw("488b87 d", ui.UC_POINTER)                    # mov rax, [rdi+uc]
+        code.raw("80b8 d 00", lib.uc_no_exit_request)          # cmp byte [rax+no_exit_request], 0
+        code.branch(JE, "original")
+        code.raw("f687 d b", ui.HFLAGS2, ui.HF2_NPT)           # test byte [rdi+hflags2], NPT
+        code.branch(JNE, "nested")
+        code.raw("f687 d b", ui.HFLAGS, ui.HF_CPL)             # test byte [rdi+hflags], CPL
+        code.branch(JE, "original")
+        code.jump(lib.hvm.protection)
+        code.label("nested")
+        unicorn_hvm.check_port(lib, code, size)
+        code.label("original")
+
+    return check
 
 
 def _sticky_stop(lib: ui.Library, code: Code) -> None:
     code.raw("40f6c6 b", ui.INTERRUPT_HALT)                    # test sil, HALT
-    code.branch(JE, "original")
+    code.branch(JE, "go on")
     code.raw("8367 b b", ui.CPU_INTERRUPT_REQUEST, ~ui.INTERRUPT_HALT)  # and dword [rdi+interrupt_request], ~HALT
     code.raw("c647 b 01", lib.cpu_exit_request)                # mov byte [rdi+exit_request], 1
     code.raw("488b87 d", ui.CPU_UC)                            # mov rax, [rdi+uc]
     code.raw("c680 d 01", lib.uc_stop_request)                 # mov byte [rax+stop_request], 1
     code.raw("31c0 c3")                                        # return false
-    code.label("original")
+    code.label("go on")
+    unicorn_hvm.deliver_event(lib, code)
 
 
-def _syscall_length(_lib: ui.Library, code: Code) -> None:
+def _syscall(lib: ui.Library, code: Code) -> None:
+    unicorn_hvm.syscall(lib, code)
     code.raw("89f0 488987 d", ui.EXCEPTION_NEXT_EIP)           # mov eax, esi; mov [rdi+exception_next_eip], rax
 
 
 def _patches() -> list[_Patch]:
     load_uc = "488bbf" + ui.UC_POINTER.to_bytes(4, "little").hex()                   # mov rdi, [rdi+uc]
     result = [
-        _Patch("helper_syscall_x86_64", "41574989ff", _syscall_length),              # push r15; mov r15, rdi
+        _Patch("helper_syscall_x86_64", "41574989ff", _syscall),              # push r15; mov r15, rdi
         _Patch("x86_cpu_exec_interrupt_x86_64", "4154554889fd", _sticky_stop),       # push r12, rbp; mov rbp, rdi
-        *(_Patch(*patch) for patch in unicorn_dirty.PATCHES),
+        *(_Patch(*patch) for patch in unicorn_dirty.PATCHES + unicorn_hvm.PATCHES),
     ]
     for size in "bwl":
-        result.append(_Patch(f"helper_out{size}_x86_64", load_uc, _refuse_port_io))
-        result.append(_Patch(f"helper_in{size}_x86_64", "4883ec08" + load_uc, _refuse_port_io))  # sub rsp, 8 first
+        result.append(_Patch(f"helper_out{size}_x86_64", load_uc, _port_io(size)))
+        result.append(_Patch(f"helper_in{size}_x86_64", "4883ec08" + load_uc, _port_io(size)))  # sub rsp, 8 first
     return result
 
 
@@ -121,7 +126,8 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
         ui.match(lib.code(patch.symbol, 16), patch.moved, patch.symbol)
     for exchange in _EXCHANGES:
         ui.match(lib.code(exchange.symbol, 32), exchange.before, exchange.symbol)
-    page = CodePage(lib.address("helper_syscall_x86_64"))
+    page = CodePage(lib.address("helper_syscall_x86_64"), _PAGE_SIZE)
+    lib.hvm = unicorn_hvm.place(lib, page)
     entries = [(lib.address(exchange.symbol), bytes.fromhex(exchange.after)) for exchange in _EXCHANGES]
     for patch in wanted:
         entry = lib.address(patch.symbol)
@@ -132,6 +138,7 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
         code.jump(entry + len(moved))
         page.place(code)
         entries.append((entry, jump(entry, code.address).ljust(len(moved), b"\x90")))
+    entries += unicorn_hvm.prepare(lib, page)
     next_code = unicorn_dirty.prepare_next_code(page)
     entries.append(unicorn_dirty.prepare_notdirty_write(lib, page))
     block_check = unicorn_blockcheck.prepare(lib, uc_pointer, page)

@@ -27,6 +27,9 @@ from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
 from pyxen.machine.cpu.deadline import AlarmClock
 from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
+from pyxen.machine.cpu.unicorn_hvm import PAUSE_EXITS
+from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
+from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ _TRANSLATION_CACHE = 128 << 20
 _MAX_POSTED = 16384
 
 
-class UnicornX86:
+class UnicornX86(HvmPart):
     """One CPU on ``memory``, with deadlines on ``clock``. Raises EngineError for an unusable Unicorn.
 
     ``alarms`` may be shared between the CPUs of a machine; without it the CPU has its own.
@@ -107,6 +110,8 @@ class UnicornX86:
     def _open(self, memory: Memory) -> Any:
         unicorn = self._lib.unicorn
         x86 = unicorn.x86_const
+        if memory.size_bytes > MEMORY_LIMIT:
+            raise EngineError(f"the engine addresses {MEMORY_LIMIT >> 30} GiB of RAM at most")
         try:
             uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
             # EPYC is the model with SVM, which the same engine needs for PVH and HVM guests.
@@ -115,6 +120,7 @@ class UnicornX86:
             uc.ctl_exits_enabled(True)
             uc.ctl_set_tcg_buffer_size(_TRANSLATION_CACHE)
             uc.mem_map_ptr(0, memory.size_bytes, unicorn.UC_PROT_ALL, memory.host_address)
+            self._map_block(uc, unicorn)
             uc.reg_write(x86.UC_X86_REG_MSR, (0xc0000080, EFER_VALUE))
             uc.reg_write(x86.UC_X86_REG_CR4, CR4_VALUE)
             uc.reg_write(x86.UC_X86_REG_CR0, CR0_VALUE)
@@ -145,16 +151,16 @@ class UnicornX86:
         x86 = unicorn.x86_const
         self._hook(unicorn.UC_HOOK_INSN, ui.HOOK_SYSCALL(self._make_syscall_hook()), x86.UC_X86_INS_SYSCALL)
         self._hook(unicorn.UC_HOOK_INSN, ui.HOOK_CPUID(self._make_cpuid_hook()), x86.UC_X86_INS_CPUID)
-        self._hook(unicorn.UC_HOOK_INTR, ui.HOOK_INTR(self._make_exception_hook()))
-        self._hook(unicorn.UC_HOOK_INSN_INVALID, ui.HOOK_INVALID(self._make_invalid_hook()))
+        self._install_hvm_hooks(ui.HOOK_INTR(self._make_exception_hook()), ui.HOOK_INVALID(self._make_invalid_hook()))
         # Bounded above RAM: a memory hook over RAM would make every guest store slow.
         outside = (unicorn.UC_HOOK_MEM_READ_UNMAPPED | unicorn.UC_HOOK_MEM_WRITE_UNMAPPED
                    | unicorn.UC_HOOK_MEM_FETCH_UNMAPPED)
         self._hook(outside, ui.HOOK_MEMORY(self._outside_of_ram), low=self._memory.size_bytes, high=_U64)
 
-    def _hook(self, kind: int, callback: Any, instruction: int | None = None, low: int = 1, high: int = 0) -> None:
+    def _hook(self, kind: int, callback: Any, instruction: int | None = None, low: int = 1, high: int = 0,
+              data: Any = None) -> None:
         handle = c_size_t()
-        arguments = [self._handle, ctypes.byref(handle), c_int(kind), callback, None, c_uint64(low), c_uint64(high)]
+        arguments = [self._handle, ctypes.byref(handle), c_int(kind), callback, data, c_uint64(low), c_uint64(high)]
         if instruction is not None:
             arguments.append(c_int(instruction))
         status = self._lib.hook_add(*arguments)
@@ -432,6 +438,9 @@ class UnicornX86:
         self._slot = 1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0
         self._roots = [-1, -1]
         self._roots[self._slot] = self.cr3
+        self._block32[PAUSE_EXITS >> 2] = 0
+        if isinstance(context, UnicornHvmContext):
+            self._load_events(context)
         context.engine = self
         self.loaded = context
 
@@ -440,6 +449,8 @@ class UnicornX86:
         context = self.loaded
         if context is None:
             return
+        if isinstance(context, UnicornHvmContext):
+            self._save_events(context)
         flags = self.flags
         context.dr7 = int(self._v64[(ui.DR + 56) >> 3])
         if context.dr7 & 0xff:
@@ -548,5 +559,6 @@ class UnicornX86:
         self.unload()
         # The windows into the engine must not outlive it.
         self._state.release()
+        self._release_block()
         self._uc = None
         self._keep.clear()
