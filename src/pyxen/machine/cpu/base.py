@@ -389,7 +389,7 @@ class HvmCpu(Cpu, Protocol):
 
     def new_hvm_context(self, nested_root: int) -> HvmContext:
         """A context in flat 32-bit protected mode, paging off: CR0 0x11, all registers zero, RFLAGS 2, flat segments
-        (code 0x0c9b, data 0x0c93; TR 0x8b, base 0, limit 0x67), as PVH's start of day wants it."""
+        (code 0xc09b, data 0xc093; TR 0x8b, base 0, limit 0x67), as PVH's start of day wants it."""
         ...
 
     def set_nested_root(self, maddr: int) -> None:

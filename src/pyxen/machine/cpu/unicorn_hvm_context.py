@@ -31,7 +31,7 @@ MSR_OFFSETS = {
 }
 """Where the native MSRs are in CPUX86State. SYSENTER_CS is 32 bits."""
 
-_FLAT_CODE, _FLAT_DATA, _BUSY_TSS, _LDT = 0x0c9b, 0x0c93, 0x8b, 0x82
+_FLAT_CODE, _FLAT_DATA, _BUSY_TSS, _LDT = 0xc09b, 0xc093, 0x8b, 0x82
 
 def read_segment(v64: memoryview, v32: memoryview, at: int) -> Segment:
     """A SegmentCache."""
