@@ -178,7 +178,7 @@ class HvmMachine(Machine):
         """The frame at the guest's stack pointer (identity-mapped)."""
         size = 8 if self.long else 4
         rsp = self.cpu.gpr[RSP]
-        words = [int.from_bytes(self.read(rsp + size * n, size), "little") for n in range(6)]
+        words = [int.from_bytes(self.read(rsp + size * n, size), "little") for n in range(1, 7)]
         error_code = words.pop(0) if vector in HAS_ERROR_CODE else None
         inner = self.long or words[1] & 3
         return Frame(vector, error_code, words[0], words[1], words[2], words[3] if inner else None, self.cpu.cr2)
@@ -204,8 +204,8 @@ class HvmMachine(Machine):
             gate = struct.pack("<HHBBH", at & 0xffff, KERNEL_CS, (ist or {}).get(vector, 0), attributes, at >> 16)
             idt += gate + bytes(8) if self.long else gate
             pop = (bytes.fromhex("4883c408") if self.long else bytes.fromhex("83c404")) * (vector in HAS_ERROR_CODE)
-            # mov eax, 0x100 + vector; vmcall; [add rsp, 8]; iret
-            code_ = b"\xb8" + (0x100 + vector).to_bytes(4, "little") + bytes.fromhex("0f01c1") + pop
+            # push rax; mov eax, 0x100 + vector; vmcall; pop rax; [add rsp, 8]; iret
+            code_ = b"\x50\xb8" + (0x100 + vector).to_bytes(4, "little") + bytes.fromhex("0f01c158") + pop
             self.write(at, code_ + (bytes.fromhex("48cf") if self.long else b"\xcf"))
         self.write(IDT, bytes(idt))
 

@@ -154,9 +154,9 @@ def test_exception_whose_gate_is_not_present(nested: HvmMachine) -> None:
 
 def test_stack_switch_and_ist(nested: HvmMachine) -> None:
     assert nested.run(programs.UD2, cpl=3) is Exit.STOP
-    assert nested.cpu.gpr[RSP] == RING0_TOP - 40 and nested.rec.frames[0].rsp == STACK_TOP
+    assert nested.cpu.gpr[RSP] == RING0_TOP - 48 and nested.rec.frames[0].rsp == STACK_TOP
     assert nested.run(programs.UD2, ist={6: 1}) is Exit.STOP
-    assert nested.cpu.gpr[RSP] == IST1_TOP - 40 and nested.rec.frames[1].rsp == STACK_TOP
+    assert nested.cpu.gpr[RSP] == IST1_TOP - 48 and nested.rec.frames[1].rsp == STACK_TOP
 
 
 @pytest.mark.parametrize("mode", ["64", "32"])
@@ -346,6 +346,6 @@ def test_tss_that_is_none(nested: HvmMachine) -> None:
 def test_iopl_and_flags_are_those_of_the_guest(nested: HvmMachine) -> None:
     nested.begin(programs.UD2).flags = 0x3246
     assert nested.go() is Exit.STOP
-    assert struct.unpack("<5Q", nested.read(nested.cpu.gpr[RSP], 40))[2] & 0x3fff == 0x3246
+    assert struct.unpack("<5Q", nested.read(nested.cpu.gpr[RSP] + 8, 40))[2] & 0x3fff == 0x3246
     assert nested.cpu.selector(Seg.CS) == KERNEL_CS and nested.cpu.gpr[R8] == 0 == nested.cpu.gpr[RDI]
     assert nested.cpu.gpr[RAX] == 0x106 and USER_CS and DATA and GUEST
