@@ -88,8 +88,8 @@ REP_OUTS = _hex("f36e31c00f01c1")
 REP_INS = _hex("f36d31c00f01c1")
 # sti; nop; nop; mov ebx,1; 1: inc ebx; jmp 1b
 STI_SHADOW = _hex("fb9090bb01000000ffc3ebfc")
-# mov eax,ss; sti; nop; mov ss,eax; nop; nop; 1: jmp 1b
-MOV_SS_SHADOW = _hex("8cd0fb908ed09090ebfe")
+# mov eax,ss; out 0x80,al; mov ss,eax; nop; nop; 1: jmp 1b
+MOV_SS_SHADOW = _hex("8cd0e6808ed09090ebfe")
 # sti; 1: inc rbx; jmp 1b
 STI_SPIN = _hex("fb48ffc3ebfb")
 # 1: inc rbx; jmp 1b

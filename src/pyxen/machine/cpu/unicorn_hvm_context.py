@@ -80,7 +80,7 @@ class UnicornHvmContext(UnicornContext):
         v64[ui.VM_VMCB >> 3] = vmcb
         v64[ui.INTERCEPT >> 3] = _INTERCEPTS
         v32[ui.NESTED_MODE >> 2] = _NESTED_MODE
-        v32[ui.HFLAGS2 >> 2] = ui.HF2_GIF | ui.HF2_NPT
+        v32[ui.HFLAGS2 >> 2] = ui.HF2_GIF | ui.HF2_NPT | ui.HF2_VINTR      # the last: CR8 is v_tpr
         self.set_nested_root(nested_root)
         data = Segment(0x10, 0, _U32, _FLAT_DATA)
         segments = [data, Segment(0x08, 0, _U32, _FLAT_CODE), data, data, data, data]
