@@ -68,10 +68,11 @@ def write_msr(v64: memoryview, v32: memoryview, number: int, value: int) -> None
 class UnicornHvmContext(UnicornContext):
     """State of one vCPU under nested paging: the image, what waits for delivery, and what was asked for."""
 
-    __slots__ = ("event", "event_error", "nmi", "window")
+    __slots__ = ("_lib", "event", "event_error", "nmi", "window")
 
-    def __init__(self, image: bytes, vmcb: int, nested_root: int) -> None:
+    def __init__(self, image: bytes, vmcb: int, nested_root: int, lib: ui.Library) -> None:
         super().__init__(image)
+        self._lib = lib
         self.event = 0            # EVENTINJ
         self.event_error = 0
         self.nmi = False
@@ -158,5 +159,5 @@ class UnicornHvmContext(UnicornContext):
     def _derive_hflags(self) -> None:
         v64, v32 = self.view64, self.view32
         v32[ui.HFLAGS >> 2] = ui.HF_GUEST | (ui.HF_SMAP if v64[ui.CR4 >> 3] & CR4_SMAP else 0)
-        ui.library().update_hflags(ctypes.addressof(self.buffer))
+        self._lib.update_hflags(ctypes.addressof(self.buffer))
         v32[ui.HFLAGS >> 2] &= ~ui.HF_FROM_EFLAGS

@@ -253,7 +253,7 @@ class HvmPart:
 
     def new_hvm_context(self, nested_root: int) -> UnicornHvmContext:
         """A context in flat 32-bit protected mode, as PVH's start of day wants it."""
-        return UnicornHvmContext(self._blank[3], _BLOCK, nested_root)
+        return UnicornHvmContext(self._blank[3], _BLOCK, nested_root, self._lib)
 
     def _load_events(self, context: UnicornHvmContext) -> None:
         block32 = self._block32
