@@ -79,6 +79,15 @@ def test_state_round_trip(nested: HvmMachine) -> None:
     assert context.get_hvm() == r
 
 
+def test_segments_decide_about_the_bases(nested: HvmMachine) -> None:
+    context = nested.cpu.new_hvm_context(NESTED_ROOT)
+    r = context.get_hvm()
+    r.segments[Seg.FS].base, r.msrs[0xc0000101] = 0x1234, 0x5678
+    context.put_hvm(r)
+    r = context.get_hvm()
+    assert (r.msrs[0xc0000100], r.segments[Seg.GS].base) == (0x1234, 0)
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("efer", 0x400), ("efer", 0x500), ("cr0", 0x80000010), ("efer", 0x1000), ("cr0", 1 << 32), ("cr4", 1 << 40)])
 def test_impossible_state_is_refused(nested: HvmMachine, field: str, value: int) -> None:

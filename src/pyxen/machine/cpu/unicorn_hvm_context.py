@@ -152,7 +152,8 @@ class UnicornHvmContext(UnicornContext):
             v64[(ui.DR + 8 * n) >> 3] = r.dr[n] & _U64
         self.dr7 = r.dr[7] & _U32
         for number, value in r.msrs.items():
-            write_msr(v64, v32, number, value)
+            if number not in (0xc0000100, 0xc0000101):           # the bases of FS and GS: the segments have them
+                write_msr(v64, v32, number, value)
         self._set_fxsave(r.fxsave)
         self._derive_hflags()
 
