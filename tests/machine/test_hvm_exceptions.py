@@ -199,6 +199,9 @@ def test_single_step(nested: HvmMachine) -> None:
     # behind the instruction after POPF, and so on; a hypercall behind the last
     assert [f.vector for f in nested.rec.frames] == [1] * len(starts)
     assert starts == [0xa, 0xb, 0xd], starts
+    del nested.rec.on["frame"]                           # and one behind the hypercall, which others executed
+    assert nested.go() is Exit.STOP
+    assert (nested.rec.frames[-1].vector, nested.rec.frames[-1].rip) == (1, CODE + 0x10)
     assert nested.cpu.get_debug_register(6) & 1 << 14
 
 
