@@ -205,6 +205,34 @@ def test_single_step(nested: HvmMachine) -> None:
     assert nested.cpu.get_debug_register(6) & 1 << 14
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_int1_is_a_debug_trap(nested: HvmMachine, mode: str) -> None:
+    """Of any privilege, whatever the gate's."""
+    nested.rec.on["frame"] = lambda _frame, next_rip: next_rip
+    assert nested.run(programs.INT1, mode, cpl=3) is Exit.STOP
+    assert [(f.vector, f.rip) for f in nested.rec.frames] == [(1, CODE + 1)] and nested.rec.kinds == ["hypercall"]
+
+
+def test_instruction_breakpoint(nested: HvmMachine) -> None:
+    """In the context it was set in only; a #DB before the instruction, which RF lets through."""
+    def resume(frame: Frame, next_rip: int) -> int:
+        at = nested.cpu.gpr[RSP] + 8 + 16                                # the saved RFLAGS
+        nested.write(at, (frame.flags | 1 << 16).to_bytes(8, "little"))
+        return next_rip
+
+    nested.rec.on["frame"] = resume
+    cpu = nested.begin(programs.STOP)
+    cpu.set_debug_register(0, CODE + 2)
+    cpu.set_debug_register(7, 0x401)
+    context = cpu.loaded
+    cpu.unload()
+    assert nested.run(programs.STOP) is Exit.STOP and not nested.rec.frames
+    cpu.load(context)
+    assert nested.go() is Exit.STOP
+    assert [(f.vector, f.rip) for f in nested.rec.frames] == [(1, CODE + 2)]
+    assert cpu.get_debug_register(6) & 0xf == 1 and cpu.gpr[RIP] == CODE + 5
+
+
 @pytest.mark.parametrize("page", ["stack", "idt", "tss", "gdt", "handler"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("event", ["fault", "int", "trap", "interrupt", "nmi", "injected"])
