@@ -178,6 +178,8 @@ class HvmMachine(Machine):
         """The frame at the guest's stack pointer (identity-mapped)."""
         size = 8 if self.long else 4
         rsp = self.cpu.gpr[RSP]
+        if rsp >= 0x1fff80:                              # a hostile guest's: not in its RAM
+            return Frame(vector, None, 0, 0, 0, None, self.cpu.cr2)
         words = [int.from_bytes(self.read(rsp + size * n, size), "little") for n in range(1, 7)]
         error_code = words.pop(0) if vector in HAS_ERROR_CODE else None
         inner = self.long or words[1] & 3
