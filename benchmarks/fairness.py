@@ -34,7 +34,7 @@ SETTLE_S = 1.0
 
 async def shares(kernel: Path, weights: tuple[int, ...], cap: int, seconds: float) -> list[float]:
     """CPU seconds a second of each guest, run together."""
-    async with pyxen.Host(memory="128M") as host:
+    async with pyxen.Host(memory="128M", cpus=1) as host:
         lines = [(f"cpu_weight = {weight}", f"cap = {cap}") for weight in weights]
         domains = [await host.create(config(kernel, f"w{i}", *more)) for i, more in enumerate(lines)]
         await asyncio.sleep(SETTLE_S)

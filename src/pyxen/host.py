@@ -411,7 +411,7 @@ def _topology(cpus: int | None, topology: Topology | str | None) -> Topology:
     if shape is None:
         if cpus is not None and not 1 <= cpus <= 4096:
             raise ConfigError(f"a machine of {cpus} CPUs cannot be made", hint="1 to 4096")
-        return Topology(cores=cpus or 1)
+        return Topology(cores=cpus or os.cpu_count() or 1)
     if cpus is not None and cpus != shape.nr_cpus:
         raise ConfigError(f"{cpus} CPUs do not make a topology of {shape.nr_cpus}", hint="give one of the two")
     return shape

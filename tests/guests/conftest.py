@@ -48,10 +48,10 @@ def guests() -> Path:
     return GUESTS / "build"
 
 
-def config(kernel: Path, extra: str = "", name: str | None = None) -> str:
+def config(kernel: Path, extra: str = "", name: str | None = None, vcpus: int = 1) -> str:
     return "\n".join([
         f'name = "{name or kernel.name}"', f'kernel = "{kernel}"', f'extra = "{extra}"', "memory = 16", "maxmem = 17",
-        "vcpus = 1", 'on_poweroff = "destroy"', 'on_crash = "destroy"', 'on_reboot = "destroy"',
+        f"vcpus = {vcpus}", 'on_poweroff = "destroy"', 'on_crash = "destroy"', 'on_reboot = "destroy"',
     ]) + "\n"
 
 

@@ -54,7 +54,8 @@ class Code:
 
 def printing(text: bytes, then: str | int) -> bytes:
     """A guest that writes ``text`` (up to 2 KiB) to its console and then shuts down with a reason (a number), or
-    does ``block``, ``spin`` or ``ud2``."""
+    does ``block``, ``spin``, ``count`` (in RBX, for ever), ``selfmod`` (count by rewriting
+    an instruction, and look whether the new one is executed; ``ud2`` if not) or ``ud2``."""
     code = Code()
     code.emit("4889f3")  # mov rbx, rsi
     code.emit("488dab00200000")  # lea rbp, [rbx+0x2000]: the console page
@@ -70,6 +71,11 @@ def printing(text: bytes, then: str | int) -> bytes:
     if isinstance(then, int):
         code.rip_relative("488d35", struct.pack("<I", then))
         code.hypercall(_SCHED_OP, _SHUTDOWN)
+    elif then == "count":
+        code.emit("31db48ffc3ebfb")  # xor ebx, ebx; 1: inc rbx; jmp 1b
+    elif then == "selfmod":
+        # xor ebx, ebx; 1: inc rbx; mov [2f+1], ebx; jmp 2f; 2: mov eax, 0; cmp eax, ebx; jne 3f; jmp 1b; 3: ud2
+        code.emit("31db 48ffc3 891d03000000 eb00 b800000000 39d8 7502 ebea 0f0b")
     elif then == "ud2":
         code.emit("0f0b")
     elif then == "block":

@@ -104,6 +104,10 @@ class Pv:
         self.preempt_at = 0
         self.traps: Any = None
         self.before: Callable[[Any], None] | None = None
+        self.flushes = 0
+
+    def flush_tlb(self) -> None:
+        self.flushes += 1
 
     def _at(self, address: int, size: int) -> int:
         offset = address - self.BASE

@@ -31,7 +31,7 @@ _USAGE = """Usage: pyxen host start [options]    start this user's host in the b
 
 Options of start:
  -m, --memory SIZE       machine memory, like 2G (the default) or 512M
- -c, --cpus N            machine CPUs (default 1)
+ -c, --cpus N            machine CPUs (default: as many as this computer has)
  -t, --topology SHAPE    nodes=1,sockets=1,cores=2,threads=1 or 1:1:2:1
  -M, --pv-mode MODE      exact (the default) or fast, for domains that do not say
  -F, --foreground        stay in the foreground, log to the terminal

@@ -32,6 +32,8 @@ class CodePages:
 
     def leave(self, domain: Domain, frames: FrameTable) -> int:
         """``domain`` goes to another engine; returns how many pages were copied."""
+        if domain in self._kept:
+            return 0  # it has come and goes without having run: the copies are still those of our translations
         kept: dict[int, bytes] = {}
         cpu, b = self._cpu, frames.memory.b
         domid = domain.domid

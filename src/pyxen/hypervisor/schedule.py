@@ -495,7 +495,7 @@ class Schedule(Homes):
             if vcpu is not None:
                 self._trace(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         for domain in wanted:
-            self._claim(domain, data.index)
+            self.claim(domain, data.index)
         if len(self._queues) > 1:
             self._balance(data, now)
         return vcpu

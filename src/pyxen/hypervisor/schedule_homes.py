@@ -188,7 +188,7 @@ class Homes:
             domain.home, domain.leaving = target.index, -1
             target.pcpu.request_resched()
 
-    def _claim(self, domain: Domain, cpu: int) -> None:
+    def claim(self, domain: Domain, cpu: int) -> None:
         """Ask ``domain``'s home to hand it over to ``cpu``. Without locks."""
         home = self._cpus.get(domain.home)
         if home is not None and home.index != cpu and domain.leaving < 0:
@@ -224,4 +224,4 @@ class Homes:
         elif isinstance(work, int):
             data.pcpu.timers.set(data.retry_timer, work)
         else:
-            self._claim(work, data.index)
+            self.claim(work, data.index)
