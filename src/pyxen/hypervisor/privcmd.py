@@ -388,10 +388,9 @@ class PrivCmd(HvmControl):
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.memory_adjust_reservation(self._dom0, domain)
         frames = self._hypervisor.frames
-        runs = frames.alloc_domheap_many(domain, len(pfns))
         if domain.is_hvm:
-            populate(domain, pfns, runs)
-            return runs
+            return populate(domain, pfns)
+        runs = frames.alloc_domheap_many(domain, len(pfns))
         done = 0
         for run in runs:
             frames.m2p.set_run(run.start, array("Q", pfns[done : done + len(run)]))
