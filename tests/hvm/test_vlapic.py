@@ -272,7 +272,6 @@ def test_interrupts_come_by_windows(guest: Guest) -> None:
 
 
 def test_halting(guest: Guest) -> None:
-    scheduler = guest.hv.scheduler
     guest.flags = 0x202
     guest.traps.halt(0x1000)
     assert guest.vcpu().pause_flags & PauseFlag.BLOCKED
@@ -281,7 +280,6 @@ def test_halting(guest: Guest) -> None:
     assert not guest.vcpu().pause_flags & PauseFlag.BLOCKED
     guest.traps.halt(0x1000)
     assert not guest.vcpu().pause_flags & PauseFlag.BLOCKED  # something waits
-    del scheduler
 
 
 def test_halting_with_interrupts_off_ends_the_last_vcpu(guest: Guest) -> None:
