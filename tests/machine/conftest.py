@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.machine.hvm_support import HvmMachine
 from tests.machine.support import Machine
 
 
@@ -20,5 +21,12 @@ def machine() -> Iterator[Machine]:
 @pytest.fixture
 def pair() -> Iterator[Machine]:
     m = Machine(engines=2)
+    yield m
+    m.close()
+
+
+@pytest.fixture
+def nested() -> Iterator[HvmMachine]:
+    m = HvmMachine()
     yield m
     m.close()

@@ -11,19 +11,33 @@ import pytest
 
 from pyxen.errors import InternalError
 from pyxen.machine.clock import RealClock, VirtualClock
-from pyxen.machine.cpu.base import RAX, RBX, RIP, Cpu, Exit
+from pyxen.machine.cpu.base import RAX, RBX, RIP, Cpu, Exit, HvmCpu
 from pyxen.machine.cpu.scripted import (
     STEP,
     Cpuid,
     Fault,
+    Halt,
+    Hypercall,
+    In,
+    Intercept,
     Load,
+    MmioRead,
+    MmioWrite,
+    NestedFault,
+    Out,
+    Pause,
+    ReadMsr,
     Script,
     ScriptedContext,
     ScriptedCpu,
+    ScriptedHvmContext,
     Set,
     Spin,
     Store,
     Syscall,
+    TripleFault,
+    WriteCr,
+    WriteMsr,
 )
 from pyxen.machine.cpu.unicorn_x86 import UnicornX86
 from pyxen.machine.memory import Memory
@@ -224,3 +238,160 @@ def test_the_journal_tells_what_was_done_to_the_cpu(cpu: ScriptedCpu) -> None:
 def test_a_step_with_an_unknown_register_is_a_bug_of_the_test() -> None:
     with pytest.raises(InternalError):
         Syscall(eax=1)
+
+
+# --- guests under nested paging --------------------------------------------------------------------------------------
+
+class HvmTrapsRecorder(Recorder):
+    """Answers every exit, and keeps a list."""
+
+    def __init__(self, cpu: ScriptedCpu) -> None:
+        super().__init__(cpu)
+        self.exits: list[tuple[Any, ...]] = []
+        self.refuse = False
+
+    def _note(self, *what: Any) -> None:
+        self.exits.append(what)
+
+    def hypercall(self, next_rip: int) -> int:
+        self._note("hypercall", next_rip)
+        if self.cpu.gpr[RAX] == 99:
+            self.cpu.gpr[RAX] = 7
+            return next_rip - STEP                               # again, once
+        self.cpu.gpr[RAX] += 1
+        return next_rip
+
+    def nested_fault(self, gpa: int, error_code: int, rip: int) -> int:
+        self._note("nested_fault", gpa, error_code, rip)
+        return rip
+
+    def io_read(self, port: int, size: int) -> int:
+        self._note("io_read", port, size)
+        return 0x55
+
+    def io_write(self, port: int, size: int, value: int) -> None:
+        self._note("io_write", port, size, value)
+
+    def mmio_read(self, offset: int, size: int) -> int:
+        self._note("mmio_read", offset, size)
+        return 0x66
+
+    def mmio_write(self, offset: int, size: int, value: int) -> None:
+        self._note("mmio_write", offset, size, value)
+
+    def read_msr(self, number: int) -> int | None:
+        self._note("read_msr", number)
+        return None if self.refuse else 0x1_0000_0002
+
+    def write_msr(self, number: int, value: int) -> bool:
+        self._note("write_msr", number, value)
+        return not self.refuse
+
+    def write_cr(self, number: int, value: int) -> bool:
+        self._note("write_cr", number, value)
+        if not self.refuse:
+            self.cpu.set_cr(number, value)  # type: ignore[attr-defined]
+        return not self.refuse
+
+    def halt(self, next_rip: int) -> int:
+        self._note("halt", next_rip)
+        return next_rip
+
+    def pause(self, next_rip: int) -> int:
+        self._note("pause", next_rip)
+        return next_rip
+
+    def interrupt_window(self, rip: int) -> int:
+        self._note("interrupt_window", rip)
+        self.cpu.request_interrupt_window(False)  # type: ignore[attr-defined]
+        self.cpu.inject_interrupt(0x41)  # type: ignore[attr-defined]
+        return rip
+
+    def triple_fault(self, rip: int) -> int:
+        self._note("triple_fault", rip)
+        self.cpu.stop()
+        return rip
+
+    def intercept(self, code: int, info: int, rip: int) -> int:
+        self._note("intercept", code, info)
+        return rip
+
+
+def load_hvm(cpu: ScriptedCpu, script: Script) -> tuple[ScriptedHvmContext, HvmTrapsRecorder]:
+    recorder = HvmTrapsRecorder(cpu)
+    cpu.traps = recorder
+    context = cpu.new_hvm_context(0x5000, script)
+    cpu.load(context)
+    cpu.gpr[RIP] = 0x1000
+    return context, recorder
+
+
+def test_it_is_an_hvm_cpu_too(cpu: ScriptedCpu) -> None:
+    assert isinstance(cpu, HvmCpu)
+    memory = Memory(1 << 20)
+    unicorn = UnicornX86(memory, VirtualClock())
+    assert cpu.native_msrs == unicorn.native_msrs
+    blank, real = cpu.new_hvm_context(0x5000).get_hvm(), unicorn.new_hvm_context(0x5000).get_hvm()
+    unicorn.close()
+    memory.close()
+    assert blank.fxsave[:28] == real.fxsave[:28]
+    real.fxsave = blank.fxsave                                   # but for MXCSR_MASK
+    assert blank == real
+
+
+def test_every_step_of_a_guest_under_nested_paging(cpu: ScriptedCpu) -> None:
+    values: list[Any] = []
+
+    def guest(_cpu: ScriptedCpu) -> Guest:
+        for step in (Hypercall(rax=5), Hypercall(rax=99), NestedFault(0x3000), In(0x42), Out(0x80, 3), MmioRead(0x20),
+                     MmioWrite(0xb0, 1), ReadMsr(0x1b), WriteMsr(0x1b, 9), WriteMsr(0xc0000082, 0x77),
+                     ReadMsr(0xc0000082), WriteCr(4, 0x20), Pause(), Halt(), Intercept(0x8a), TripleFault()):
+            values.append((yield step))
+
+    _context, recorder = load_hvm(cpu, guest)
+    assert cpu.run(None) is Exit.STOP
+    assert [e[0] for e in recorder.exits] == [
+        "hypercall", "hypercall", "hypercall", "nested_fault", "io_read", "io_write", "mmio_read", "mmio_write",
+        "read_msr", "write_msr", "write_cr", "halt", "intercept", "triple_fault"]
+    assert values == [6, 8, None, 0x55, None, 0x66, None, 0x1_0000_0002, True, True, 0x77, True, None, None, None]
+    assert recorder.exits[1][1] == recorder.exits[2][1] and cpu.get_cr(4) == 0x20
+
+
+def test_events_are_taken_between_steps(cpu: ScriptedCpu) -> None:
+    def guest(_cpu: ScriptedCpu) -> Guest:
+        yield ReadMsr(0x1b)
+        yield WriteCr(0, 0)
+        cpu.flags |= 0x200
+        yield Set(rbx=1)
+        yield Pause()
+        yield TripleFault()
+
+    context, recorder = load_hvm(cpu, guest)
+    recorder.refuse = True
+    cpu.request_interrupt_window(True)
+    cpu.inject_nmi()
+    cpu.set_pause_exits(True)
+    assert cpu.run(None) is Exit.STOP
+    events = [entry for entry in cpu.journal if entry[0] in ("exception", "nmi", "interrupt")]
+    assert events == [("nmi",), ("exception", 13, 0), ("exception", 13, 0), ("interrupt", 0x41)]
+    assert [e[0] for e in recorder.exits] == ["read_msr", "write_cr", "interrupt_window", "pause", "triple_fault"]
+    assert not context.window
+
+
+def test_hvm_state_moves(cpu: ScriptedCpu) -> None:
+    context, _recorder = load_hvm(cpu, lambda _cpu: iter(()))  # type: ignore[arg-type, return-value]
+    cpu.set_efer(0x100)
+    cpu.set_cr(4, 0x20)
+    cpu.set_cr(3, 0x9000)
+    cpu.set_cr(0, 0x80000001)
+    cpu.set_msr(0xc0000100, 0x1234)
+    assert (cpu.get_efer(), cpu.get_cr(0), cpu.get_cr(3)) == (0x500, 0x80000011, 0x9000)
+    assert cpu.segment(4).base == 0x1234 == cpu.get_msr(0xc0000100)
+    cpu.unload()
+    r = context.get_hvm()
+    assert (r.efer, r.cr3, r.segments[4].base, r.msrs[0xc0000100]) == (0x500, 0x9000, 0x1234, 0x1234)
+    context.put_hvm(r)
+    assert context.get_hvm() == r
+    r.efer = 0x400
+    with pytest.raises(InternalError):
+        context.put_hvm(r)

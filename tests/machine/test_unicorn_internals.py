@@ -8,7 +8,14 @@ import time
 import pytest
 
 from pyxen.errors import EngineError
-from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty, unicorn_patches, unicorn_selftest, unicorn_spaces
+from pyxen.machine.cpu import (
+    unicorn_blockcheck,
+    unicorn_dirty,
+    unicorn_hvm,
+    unicorn_patches,
+    unicorn_selftest,
+    unicorn_spaces,
+)
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.unicorn_code import Code, CodePage
 
@@ -51,7 +58,7 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.hint is not None and "unicorn==2.1.4" in caught.value.hint
 
 
-@pytest.mark.parametrize("field", ["GDT", "XMM", "CR2", "DR", "UC_POINTER", "CPU_UC", "MXCSR"])
+@pytest.mark.parametrize("field", ["GDT", "XMM", "CR2", "DR", "UC_POINTER", "CPU_UC", "MXCSR", "MTRR_DEFTYPE"])
 def test_a_moved_field_is_refused(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     lib = ui.library()
     monkeypatch.setattr(ui, field, getattr(ui, field) + 8)
@@ -79,6 +86,30 @@ def test_optional_patches_stay_off_where_they_do_not_fit() -> None:
             Tampered(lib, tlb_set_dirty_x86_64=b"\x90" * 4096), page)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("symbol", ["cpu_abort_x86_64", "helper_sysret_x86_64"])
+def test_other_code_for_nested_paging_is_refused(symbol: str) -> None:
+    lib = ui.library()
+    page = CodePage(lib.address("helper_syscall_x86_64"))
+    with pytest.raises(EngineError, match="unknown to pyxen"):
+        unicorn_hvm.prepare(Tampered(lib, **{symbol: b"\x90" * 256}), page)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symbol", ["on_interrupt", "on_invalid"])
+def test_a_guest_that_does_not_take_its_own_exceptions_is_noticed(symbol: str) -> None:
+    """The start-up check must fail when a hook only stops the run."""
+    lib = ui.library()
+    other = Tampered(lib)
+    page = CodePage(lib.address("helper_syscall_x86_64"))
+    code = page.begin()
+    code.raw("488b87 d c640 b b", lib.uc_cpu, ui.CPU_INTERRUPT_REQUEST, ui.INTERRUPT_HALT)
+    code.raw("b801000000 c3")
+    page.place(code)
+    page.seal()
+    other.hvm = lib.hvm._replace(**{symbol: code.address})  # type: ignore[attr-defined]
+    with pytest.raises(EngineError, match="does not take its own exceptions"):
+        unicorn_selftest._check_nested(other)  # type: ignore[arg-type]
+
+
 def test_a_missing_symbol_is_refused() -> None:
     with pytest.raises(EngineError, match="does not export"):
         ui.library().address("helper_of_tomorrow_x86_64")
@@ -100,6 +131,20 @@ def test_the_assembler_fills_in_distances() -> None:
     code.label("end")
     code.jump(0x1000)
     assert code.finish().hex() == "83e90a75fb740f48b88877665544332211beffffffffe9e5ffffff"
+
+
+def test_far_branches() -> None:
+    code = Code(0)
+    code.far("74", "end")
+    code.far("eb", "end")
+    code.raw(" ".join(["90"] * 300))
+    code.label("end")
+    assert code.finish()[:11].hex() == "0f8431010000e92c010000"
+    code.branch("74", "end")
+    code.raw(" ".join(["90"] * 300))
+    code.branch("74", "end")
+    with pytest.raises(OverflowError):
+        code.finish()
 
 
 def test_peek_survives_wild_pointers() -> None:

@@ -80,7 +80,8 @@ class HvmRegisters:
     """Whole architectural state of a vCPU under nested paging (struct hvm_hw_cpu without its Intel and AMD parts).
 
     ``gpr``: RAX..R15 in hardware order and RIP. ``segments`` in ``Seg`` order. ``msrs``: those of
-    :attr:`Cpu.native_msrs`, all of them. ``dr``: DR0-3, 6, 7 in a list of 8. ``fxsave``: 512 bytes.
+    :attr:`Cpu.native_msrs`, all of them; FS_BASE and GS_BASE are the bases of FS and GS, and ``put_hvm`` takes those of
+    the segments. ``dr``: DR0-3, 6, 7 in a list of 8. ``fxsave``: 512 bytes.
     """
 
     gpr: list[int]
@@ -208,7 +209,8 @@ class HvmTraps(Traps, Protocol):
         ...
 
     def read_msr(self, number: int) -> int | None:
-        """RDMSR of a register that the engine does not hold (:attr:`Cpu.native_msrs`); None is #GP(0)."""
+        """RDMSR of a register that the engine does not hold (:attr:`Cpu.native_msrs`); None is #GP(0). No switch of
+        context here nor in the next two: they have no address to return."""
         ...
 
     def write_msr(self, number: int, value: int) -> bool:
@@ -394,7 +396,7 @@ class HvmCpu(Cpu, Protocol):
 
     def new_hvm_context(self, nested_root: int) -> HvmContext:
         """A context in flat 32-bit protected mode, paging off: CR0 0x11, all registers zero, RFLAGS 2, flat segments
-        (code 0x0c9b, data 0x0c93; TR 0x8b, base 0, limit 0x67), as PVH's start of day wants it."""
+        (code 0xc09b, data 0xc093; TR 0x8b, base 0, limit 0x67), as PVH's start of day wants it."""
         ...
 
     def set_nested_root(self, maddr: int) -> None:

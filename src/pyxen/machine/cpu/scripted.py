@@ -14,6 +14,13 @@ generator function; it gets the
 
     context = cpu.new_context(guest)
 
+A guest under nested paging (:meth:`ScriptedCpu.new_hvm_context`) has further steps: :class:`Hypercall`,
+:class:`NestedFault`, :class:`In`, :class:`Out`, :class:`MmioRead`, :class:`MmioWrite`, :class:`ReadMsr`,
+:class:`WriteMsr`, :class:`WriteCr`, :class:`Halt`, :class:`Pause`, :class:`TripleFault`, :class:`Intercept`.
+Interrupts, NMIs and injected exceptions are taken between two steps (an interrupt window opens when the script has set
+IF in ``cpu.flags``) and listed in :attr:`ScriptedCpu.journal` as ("interrupt", vector), ("nmi",) and ("exception",
+vector, error code).
+
 Each step advances RIP by :data:`STEP` (or to where the trap handler says), so that "the instruction after the
 syscall" and a re-executed
 hypercall (a handler that returns the RIP *of* the syscall) mean what they mean on hardware: the step is repeated.
@@ -25,118 +32,67 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyxen.errors import InternalError
-from pyxen.machine.cpu.base import GPR_NAMES, RAX, RBX, RCX, RDX, RIP, Context, Exit, NoTraps, Registers, Traps
+from pyxen.machine.cpu.base import (
+    GPR_NAMES,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RIP,
+    Context,
+    Exit,
+    HvmTraps,
+    NoTraps,
+    Registers,
+    Traps,
+)
 from pyxen.machine.cpu.deadline import AlarmClock
+from pyxen.machine.cpu.scripted_context import Script, ScriptedContext, ScriptedHvmContext
+from pyxen.machine.cpu.scripted_hvm import FXSAVE_RESET, ScriptedHvm
+from pyxen.machine.cpu.scripted_steps import (
+    Cpuid,
+    Fault,
+    Halt,
+    HvmStep,
+    Hypercall,
+    In,
+    Intercept,
+    Load,
+    MmioRead,
+    MmioWrite,
+    NestedFault,
+    Out,
+    Pause,
+    ReadMsr,
+    Set,
+    Spin,
+    Step,
+    Store,
+    Syscall,
+    TripleFault,
+    WriteCr,
+    WriteMsr,
+)
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
     from pyxen.machine.memory import Memory
+
+__all__ = ["STEP", "Cpuid", "Fault", "Halt", "HvmStep", "Hypercall", "In", "Intercept", "Load", "MmioRead", "MmioWrite",
+           "NestedFault", "Out", "Pause", "ReadMsr", "Script", "ScriptedContext", "ScriptedCpu", "ScriptedHvmContext",
+           "Set", "Spin", "Step", "Store", "Syscall", "TripleFault", "WriteCr", "WriteMsr"]
 
 STEP = 2
 """Length of every scripted "instruction", that of SYSCALL."""
 
 _U64 = (1 << 64) - 1
 _JOURNAL_LENGTH = 1024
-_FXSAVE_RESET = (0x37f).to_bytes(2, "little") + bytes(22) + (0x1f80).to_bytes(4, "little") + bytes(484)
 
 
-class _Registers:
-    """Register values given by name (``rax=29``)."""
-
-    def __init__(self, **registers: int) -> None:
-        for name in registers:
-            if name not in GPR_NAMES or name == "rip":
-                raise InternalError(f"a step sets unknown register {name!r}")
-        self.registers = registers
-
-
-class Syscall(_Registers):
-    """SYSCALL with these registers; the yield's value is RAX afterwards."""
-
-
-class Set(_Registers):
-    """Plain moves into registers."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """An exception at this step; ``software`` for INT n. The yield's value is the RIP that the handler chose."""
-
-    vector: int
-    error_code: int | None = None
-    cr2: int | None = None
-    software: bool = False
-
-
-@dataclass(frozen=True)
-class Cpuid:
-    """CPUID with EAX = ``leaf``, ECX = ``subleaf``; the yield's value is (EAX, EBX, ECX, EDX)."""
-
-    leaf: int
-    subleaf: int = 0
-
-
-@dataclass(frozen=True)
-class Store:
-    """Write ``data`` at a machine address (the guest's own store: engines are not told, as for real stores)."""
-
-    maddr: int
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Load:
-    """Read machine memory; the yield's value is the bytes."""
-
-    maddr: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Spin:
-    """Run until kicked, once."""
-
-
-Step = Syscall | Set | Fault | Cpuid | Store | Load | Spin
-Script = Callable[["ScriptedCpu"], Generator[Step, Any, None]]
-
-
-@dataclass
-class ScriptedContext:
-    """Registers of one scripted vCPU and where its script is."""
-
-    script: Script | None
-    registers: Registers
-    engine: ScriptedCpu | None = None
-    generator: Generator[Step, Any, None] | None = None
-    step: Step | None = None
-    value: Any = None
-    awaits_rax: bool = False
-    finished: bool = False
-    debug: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0, 0, 0xffff0ff0, 0x400])
-
-    def get(self) -> Registers:
-        """A copy of the registers. Raises InternalError while a CPU holds them."""
-        if self.engine is not None:
-            raise InternalError("the context is loaded on a CPU: its registers are there")
-        r = self.registers
-        return Registers(list(r.gpr), r.flags, list(r.selectors), list(r.bases), r.cr2, r.cr3, r.fxsave)
-
-    def put(self, registers: Registers) -> None:
-        """Replace the registers. Raises InternalError while a CPU holds them."""
-        if self.engine is not None:
-            raise InternalError("the context is loaded on a CPU: its registers are there")
-        r = registers
-        gpr = [value & _U64 for value in r.gpr]
-        self.registers = Registers(gpr, r.flags, list(r.selectors), list(r.bases), r.cr2, r.cr3, r.fxsave)
-
-
-class ScriptedCpu:
+class ScriptedCpu(ScriptedHvm):
     """Executes scripts; same protocol, same threads, same stickiness of kicks as a real engine."""
 
     def __init__(self, memory: Memory, clock: Clock, index: int = 0, alarms: AlarmClock | None = None) -> None:
@@ -242,7 +198,7 @@ class ScriptedCpu:
 
     def new_context(self, script: Script | None = None, *, cpl: int = 3) -> ScriptedContext:
         """A context that runs ``script``; one made without (by a hypervisor) gets its ``.script`` assigned later."""
-        registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, _FXSAVE_RESET)
+        registers = Registers([0] * 17, 0x202, [cpl] * 6, [0] * 6, 0, 0, FXSAVE_RESET)
         return ScriptedContext(script, registers)
 
     def load(self, context: Context) -> None:
@@ -262,6 +218,7 @@ class ScriptedCpu:
         self.fs_base, self.gs_base = r.bases[4], r.bases[5]
         context.engine = self
         self.loaded = context
+        self._pause_exits = False
         self.journal.append(("load",))
 
     def unload(self) -> None:
@@ -296,10 +253,15 @@ class ScriptedCpu:
         return Exit.KICK
 
     def _step(self, context: ScriptedContext) -> None:
+        gpr = self.gpr
+        if isinstance(context, ScriptedHvmContext):
+            gpr[RIP] = self._take_events(context, gpr[RIP])
+            if self.loaded is not context or self._kicked.is_set():
+                return
         step = context.step
         if step is None:
             step = context.step = self._next(context)
-        gpr, rip = self.gpr, self.gpr[RIP]
+        rip = gpr[RIP]
         target = following = (rip + STEP) & _U64
         value: Any = None
         match step:
@@ -325,12 +287,19 @@ class ScriptedCpu:
                 self._memory.write(step.maddr, step.data)
             case Load():
                 value = self._memory.read(step.maddr, step.size)
+            case Pause():
+                if self._pause_exits:
+                    target = cast(HvmTraps, self.traps).pause(following)
+            case _:
+                if isinstance(step, Hypercall):
+                    self._set(step.registers)
+                target, value = self._hvm_step(step, rip, following)
         gpr[RIP] = target                     # of whichever context is loaded now
         context.value = value
         # A handler that returns the RIP of the syscall wants it again, with the registers as it left them.
-        again = isinstance(step, Syscall) and target == rip and self.loaded is context
-        context.step = Syscall() if again else None
-        context.awaits_rax = isinstance(step, Syscall)
+        again = isinstance(step, (Syscall, Hypercall)) and target == rip and self.loaded is context
+        context.step = None if not again else Syscall() if isinstance(step, Syscall) else Hypercall()
+        context.awaits_rax = isinstance(step, (Syscall, Hypercall))
 
     def _set(self, registers: dict[str, int]) -> None:
         for name, value in registers.items():

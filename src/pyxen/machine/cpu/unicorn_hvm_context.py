@@ -31,7 +31,7 @@ MSR_OFFSETS = {
 }
 """Where the native MSRs are in CPUX86State. SYSENTER_CS is 32 bits."""
 
-_FLAT_CODE, _FLAT_DATA, _BUSY_TSS, _LDT = 0x0c9b, 0x0c93, 0x8b, 0x82
+_FLAT_CODE, _FLAT_DATA, _BUSY_TSS, _LDT = 0xc09b, 0xc093, 0x8b, 0x82
 
 def read_segment(v64: memoryview, v32: memoryview, at: int) -> Segment:
     """A SegmentCache."""
@@ -68,10 +68,11 @@ def write_msr(v64: memoryview, v32: memoryview, number: int, value: int) -> None
 class UnicornHvmContext(UnicornContext):
     """State of one vCPU under nested paging: the image, what waits for delivery, and what was asked for."""
 
-    __slots__ = ("event", "event_error", "nmi", "window")
+    __slots__ = ("_lib", "event", "event_error", "nmi", "window")
 
-    def __init__(self, image: bytes, vmcb: int, nested_root: int) -> None:
+    def __init__(self, image: bytes, vmcb: int, nested_root: int, lib: ui.Library) -> None:
         super().__init__(image)
+        self._lib = lib
         self.event = 0            # EVENTINJ
         self.event_error = 0
         self.nmi = False
@@ -80,7 +81,7 @@ class UnicornHvmContext(UnicornContext):
         v64[ui.VM_VMCB >> 3] = vmcb
         v64[ui.INTERCEPT >> 3] = _INTERCEPTS
         v32[ui.NESTED_MODE >> 2] = _NESTED_MODE
-        v32[ui.HFLAGS2 >> 2] = ui.HF2_GIF | ui.HF2_NPT
+        v32[ui.HFLAGS2 >> 2] = ui.HF2_GIF | ui.HF2_NPT | ui.HF2_VINTR      # the last: CR8 is v_tpr
         self.set_nested_root(nested_root)
         data = Segment(0x10, 0, _U32, _FLAT_DATA)
         segments = [data, Segment(0x08, 0, _U32, _FLAT_CODE), data, data, data, data]
@@ -157,12 +158,13 @@ class UnicornHvmContext(UnicornContext):
             v64[(ui.DR + 8 * n) >> 3] = r.dr[n] & _U64
         self.dr7 = r.dr[7] & _U32
         for number, value in r.msrs.items():
-            write_msr(v64, v32, number, value)
+            if number not in (0xc0000100, 0xc0000101):           # the bases of FS and GS: the segments have them
+                write_msr(v64, v32, number, value)
         self._set_fxsave(r.fxsave)
         self._derive_hflags()
 
     def _derive_hflags(self) -> None:
         v64, v32 = self.view64, self.view32
         v32[ui.HFLAGS >> 2] = ui.HF_GUEST | (ui.HF_SMAP if v64[ui.CR4 >> 3] & CR4_SMAP else 0)
-        ui.library().update_hflags(ctypes.addressof(self.buffer))
+        self._lib.update_hflags(ctypes.addressof(self.buffer))
         v32[ui.HFLAGS >> 2] &= ~ui.HF_FROM_EFLAGS

@@ -18,7 +18,6 @@ from pyxen.machine.cpu import unicorn_hvm as hvm
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RAX, RCX, RDX, RIP, HvmTraps, Segment, Traps
 from pyxen.machine.cpu.unicorn_hvm_context import (
-    CR4_SMAP,
     EFER_LMA,
     EFER_SVME,
     MSR_OFFSETS,
@@ -44,7 +43,8 @@ MEMORY_LIMIT = _BLOCK
 
 _GP, _DF, _DB = 13, 8, 1
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
-_TF = 1 << 8
+_TF, _RF = 1 << 8, 1 << 16
+_DR6_BS = 1 << 14
 
 
 def _permissions() -> bytes:
@@ -197,9 +197,18 @@ class HvmPart:
             self._block64[hvm.EXIT_INFO_2 >> 3], self._v32[ui.ERROR_CODE >> 2] | bit, rip)
 
     def _next(self) -> int:
-        """The instruction counts as executed; returns the address behind it."""
-        self._v32[ui.HFLAGS >> 2] &= ~ui.HF_INHIBIT_IRQ
+        self._executed()
         return self._block64[hvm.NEXT_RIP >> 3]
+
+    def _executed(self) -> None:
+        """The instruction counts as executed: its interrupt shadow and RF are over, and TF makes a trap."""
+        self._v32[ui.HFLAGS >> 2] &= ~ui.HF_INHIBIT_IRQ
+        eflags = self._v64[ui.EFLAGS >> 3]
+        if eflags & (_TF | _RF):
+            self._v64[ui.EFLAGS >> 3] = eflags & ~_RF
+            if eflags & _TF and isinstance(self.loaded, UnicornHvmContext):
+                self._v64[(ui.DR + 48) >> 3] |= _DR6_BS
+                self.inject_exception(_DB, None)
 
     def _exit_hypercall(self, _rip: int) -> int:
         return cast(HvmTraps, self.traps).hypercall(self._next())
@@ -236,8 +245,9 @@ class HvmPart:
     def _exit_msr(self, rip: int) -> int:
         gpr, traps = self.gpr, cast(HvmTraps, self.traps)
         number = gpr[RCX] & _U32
-        self._v32[ui.HFLAGS >> 2] &= ~ui.HF_INHIBIT_IRQ
-        if self._v32[ui.ERROR_CODE >> 2]:
+        write = self._v32[ui.ERROR_CODE >> 2]
+        self._executed()
+        if write:
             done = traps.write_msr(number, (gpr[RDX] & _U32) << 32 | gpr[RAX] & _U32)
         else:
             value = traps.read_msr(number)
@@ -253,7 +263,7 @@ class HvmPart:
 
     def new_hvm_context(self, nested_root: int) -> UnicornHvmContext:
         """A context in flat 32-bit protected mode, as PVH's start of day wants it."""
-        return UnicornHvmContext(self._blank[3], _BLOCK, nested_root)
+        return UnicornHvmContext(self._blank[3], _BLOCK, nested_root, self._lib)
 
     def _load_events(self, context: UnicornHvmContext) -> None:
         block32 = self._block32
@@ -294,8 +304,6 @@ class HvmPart:
             self._lib.tlb_flush(self._cpu)
         elif number == 4:
             self._lib.update_cr4(self._env, value & _U32)
-            smap = self._v32[ui.HFLAGS >> 2] & ~ui.HF_SMAP
-            self._v32[ui.HFLAGS >> 2] = smap | (ui.HF_SMAP if value & CR4_SMAP else 0)
         elif number == 8:
             self._state.env8[ui.V_TPR] = value & 0xf
         else:

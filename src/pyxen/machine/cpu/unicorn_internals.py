@@ -93,7 +93,7 @@ HF_GUEST = 1 << 21
 HF_SMAP = 1 << 23
 HF_FROM_EFLAGS = 0x73100  # TF IOPL RF VM AC: the translator takes them from eflags, a stale copy here would stick
 
-HF2_GIF, HF2_NMI, HF2_NPT = 1 << 0, 1 << 2, 1 << 6
+HF2_GIF, HF2_NMI, HF2_VINTR, HF2_NPT = 1 << 0, 1 << 2, 1 << 3, 1 << 6
 
 # --- CPUState and uc_struct ------------------------------------------------------------------------------------------
 CPU_INTERRUPT_REQUEST = 0x1c
