@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _LONGEST_SLEEP_S: Final = 3600.0
+MIN_RUN_NS: Final = 50_000
+"""A vCPU that is entered gets this long, whatever timer comes due: with vCPUs that rotate every 200 us, a slow switch
+(a busy host, a machine that steals time) would otherwise use up every turn before its first instruction."""
 _ident = threading.get_ident
 
 
@@ -303,6 +306,8 @@ class Pcpu:
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()
+            if deadline is not None:
+                deadline = max(deadline, self.clock.now_ns() + MIN_RUN_NS)
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns
                 deadline = forced if deadline is None else min(deadline, forced)
