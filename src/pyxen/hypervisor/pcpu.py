@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _LONGEST_SLEEP_S: Final = 3600.0
-MIN_RUN_NS: Final = 50_000
-"""A vCPU that is entered gets this long, whatever timer comes due: with vCPUs that rotate every 200 us, a slow switch
-(a busy host, a machine that steals time) would otherwise use up every turn before its first instruction."""
+_LEAST_RUN_NS: Final = 50_000
+"""How long a guest that is entered gets, however late its timers are."""
 _ident = threading.get_ident
 
 
@@ -306,11 +305,12 @@ class Pcpu:
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()
-            if deadline is not None:
-                deadline = max(deadline, self.clock.now_ns() + MIN_RUN_NS)
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns
                 deadline = forced if deadline is None else min(deadline, forced)
+            if deadline is not None and deadline <= (now := self.clock.now_ns()):
+                # A slice that was over before the switch to it was: on a busy host that could be so for ever.
+                deadline = now + _LEAST_RUN_NS
             self.entries += 1
             self._running = True
             try:

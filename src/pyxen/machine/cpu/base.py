@@ -112,6 +112,11 @@ class HvmContext(Protocol):
         """Replace the saved state. What no CPU could hold (LMA without PG …) raises InternalError: callers check."""
         ...
 
+    def paging(self) -> tuple[int, int, int, int, int]:
+        """CR0, CR3, CR4, EFER and RFLAGS of the saved state: what a walk of the guest's tables needs, at a fraction of
+        what :meth:`get_hvm` costs."""
+        ...
+
     def set_nested_root(self, maddr: int) -> None:
         """The nested page-table root (4 levels, x86-64 format, machine address) it runs under from its next load on."""
         ...

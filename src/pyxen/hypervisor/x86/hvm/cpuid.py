@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pyxen.hypervisor.x86.cpuid import MAX_LEAF, XEN_LEAF, CpuidPolicy, Leaf
+from pyxen.hypervisor.x86.cpuid import XEN_LEAF, CpuidPolicy, Leaf
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.x86.hvm.vcpu import HvmVcpu
@@ -27,6 +27,7 @@ _7B: Final = _bits(0, 7, 9, 20)
 """FSGSBASE SMEP ERMS SMAP."""
 _E1D: Final = _bits(26, 27)
 """1 GiB pages, RDTSCP."""
+_MAX_LEAF: Final = 0x16
 _APM_D: Final = 1 << 8
 """Invariant TSC."""
 
@@ -45,7 +46,7 @@ class HvmCpuidPolicy(CpuidPolicy):
         super().__init__()
         self._tsc = tsc
 
-    def hvm_leaf(self, leaf: int, subleaf: int, hvm: HvmVcpu, cr4: int) -> Leaf:
+    def hvm_leaf(self, leaf: int, subleaf: int, hvm: HvmVcpu) -> Leaf:
         """EAX, EBX, ECX, EDX of one leaf for a vCPU."""
         value = self._hvm_leaf(leaf, subleaf, hvm)
         mask = self.masks.get((leaf, subleaf)) if self.masks else None
@@ -64,6 +65,12 @@ class HvmCpuidPolicy(CpuidPolicy):
         if leaf == 7 and subleaf == 0:
             a, b, c, d = self._leaf(7, 0, None)
             return a, b | _7B, c, d
+        if leaf == 0:
+            _a, b, c, d = self._leaf(0, 0, None)
+            return _MAX_LEAF, b, c, d
+        if leaf == 0x16:  # processor frequency in MHz: who knows it need not time a loop by a PIT that is not there
+            mhz = self._tsc.hz // 1_000_000 & 0xFFFF
+            return mhz, mhz, 100, 0
         if leaf == 0xB:  # extended topology: one thread a core, as vCPU id * 2 is the APIC id
             apic_id = hvm.vcpu.vcpu_id * 2
             if subleaf == 0:
@@ -102,6 +109,3 @@ class HvmCpuidPolicy(CpuidPolicy):
         if subleaf == 2:
             return khz & 0xFFFFFFFF, 0, 0, 0
         return 0, 0, 0, 0
-
-
-__all__ = ["MAX_LEAF", "HvmCpuidPolicy"]

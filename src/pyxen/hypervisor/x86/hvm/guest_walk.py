@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from pyxen.machine.memory import Memory
@@ -62,8 +62,28 @@ class PageFault(Exception):
         self.error_code = error_code
 
 
-def translate(memory: Memory, to_mfn: Callable[[int], int | None], state: PagingState, va: int, pfec: int) -> int:
-    """Guest-physical address of ``va`` for an access ``pfec`` (PFEC_WRITE, PFEC_USER, PFEC_FETCH).
+class Translation(NamedTuple):
+    """Where an address was found, and the entries that said so: good as long as they stand and the modes are the
+    same."""
+
+    state: PagingState
+    gpa: int
+    path: tuple[tuple[int, int], ...]
+    """(index into memory.q or .d, entry)."""
+
+
+def still_valid(found: Translation, memory: Memory, state: PagingState) -> bool:
+    """Whether a walk would find the same now. Only for translations with 64-bit entries."""
+    if found.state != state:
+        return False
+    q = memory.q
+    return all(q[at] == entry for at, entry in found.path)
+
+
+def translate(memory: Memory, to_mfn: Callable[[int], int | None], state: PagingState, va: int, pfec: int,
+              path: list[tuple[int, int]] | None = None) -> int:
+    """Guest-physical address of ``va`` for an access ``pfec`` (PFEC_WRITE, PFEC_USER, PFEC_FETCH). ``path``, if given,
+    gets the entries of a four-level walk (see :class:`Translation`).
 
     ``to_mfn`` finds the machine frame of a guest frame (None: no memory there). Raises PageFault with the error code
     that the access would have had.
@@ -73,7 +93,7 @@ def translate(memory: Memory, to_mfn: Callable[[int], int | None], state: Paging
     if state.efer & EFER_LMA:
         if not (va < _CANONICAL_LOW or va >= _CANONICAL_HIGH):
             raise PageFault(pfec & (PFEC_WRITE | PFEC_USER))
-        return _walk64(memory, to_mfn, state, va, pfec, 39, state.cr3 & _ADDRESS, _P | _RW | _US)
+        return _walk64(memory, to_mfn, state, va, pfec, 39, state.cr3 & _ADDRESS, _P | _RW | _US, path)
     va &= 0xFFFFFFFF
     if state.cr4 & CR4_PAE:
         # The four entries of the top level are loaded with CR3 on hardware, and have no rights.
@@ -93,13 +113,19 @@ def _entry(memory: Memory, to_mfn: Callable[[int], int | None], gpa: int, size: 
 
 
 def _walk64(memory: Memory, to_mfn: Callable[[int], int | None], state: PagingState, va: int, pfec: int, shift: int,
-            table: int, rights: int) -> int:
+            table: int, rights: int, path: list[tuple[int, int]] | None = None) -> int:
     missing = pfec & (PFEC_WRITE | PFEC_USER) | (pfec & PFEC_FETCH if state.efer & EFER_NXE else 0)
     nx = 0
     while True:
-        entry = _entry(memory, to_mfn, table + ((va >> shift & 511) << 3), 8)
-        if entry is None or not entry & _P:
+        mfn = to_mfn(table >> 12)
+        if mfn is None:
             raise PageFault(missing)
+        at = (mfn << 9) + (va >> shift & 511)
+        entry = memory.q[at]
+        if not entry & _P:
+            raise PageFault(missing)
+        if path is not None:
+            path.append((at, entry))
         if entry & _RESERVED or (entry & _NX and not state.efer & EFER_NXE) or (shift == 39 and entry & _PSE):
             raise PageFault(missing | PFEC_PRESENT | PFEC_RESERVED)
         rights &= entry

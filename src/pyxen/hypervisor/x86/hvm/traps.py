@@ -217,7 +217,7 @@ class HvmTraps:
         cpu = self._cpu()
         gpr = cpu.gpr
         leaf, subleaf = gpr[RAX] & 0xFFFFFFFF, gpr[RCX] & 0xFFFFFFFF
-        gpr[RAX], gpr[RBX], gpr[RCX], gpr[RDX] = hvm.domain.hvm.cpuid.hvm_leaf(leaf, subleaf, hvm, 0)
+        gpr[RAX], gpr[RBX], gpr[RCX], gpr[RDX] = hvm.domain.hvm.cpuid.hvm_leaf(leaf, subleaf, hvm)
         return rip + 2
 
     def halt(self, next_rip: int) -> int:

@@ -23,7 +23,15 @@ from pyxen.abi.xen import VI_UPCALL_PENDING
 from pyxen.errors import GuestAccessError, XenError
 from pyxen.hypervisor.domain import ShutdownCode
 from pyxen.hypervisor.vcpu import PauseFlag
-from pyxen.hypervisor.x86.hvm.guest_walk import PFEC_WRITE, PageFault, PagingState, translate
+from pyxen.hypervisor.x86.hvm.guest_walk import (
+    EFLAGS_AC,
+    PFEC_WRITE,
+    PageFault,
+    PagingState,
+    Translation,
+    still_valid,
+    translate,
+)
 from pyxen.hypervisor.x86.hvm.msr import MsrState
 from pyxen.hypervisor.x86.hvm.p2m_types import BACKED, P2mType
 from pyxen.hypervisor.x86.hvm.vlapic import Vlapic
@@ -41,6 +49,7 @@ _ident = threading.get_ident
 EFLAGS_IF: Final = 0x200
 EFLAGS_VM: Final = 0x20000
 _FRAMES_CACHED: Final = 1024
+_WALKS_CACHED: Final = 256
 
 
 class HvmVcpu:
@@ -65,9 +74,11 @@ class HvmVcpu:
         """HVMOP_set_evtchn_upcall_vector: events arrive through the local APIC with this vector."""
         self.window = False
         """Whether an interrupt window is asked for, in the engine or (unloaded) in the context."""
-        self.in_compat_call = False
         self._frames: dict[int, int] = {}
         self._changes = -1
+        self._walks: dict[int, Translation] = {}
+        """Translations by page and kind of access, each checked against the tables before it is used."""
+        self._walks_changes = -1
 
     # --- engine --------------------------------------------------------------------------------------
 
@@ -162,11 +173,22 @@ class HvmVcpu:
             cpu.kick()
 
     def assert_evtchn_irq(self) -> None:
-        """hvm_assert_evtchn_irq(): evtchn_upcall_pending was set. On the thread of the domain's engine."""
+        """hvm_assert_evtchn_irq(): evtchn_upcall_pending was set. On the thread of the domain's engine.
+
+        A local APIC that is not enabled accepts nothing; it comes back here when it is (:meth:`apic_enabled`). Xen
+        sets IRR at once, and Linux then complains of a stale interrupt on each CPU that it starts.
+        """
         if self.upcall_vector:
-            self.vlapic.set_irq(self.upcall_vector)
+            if self.vlapic.enabled:
+                self.vlapic.set_irq(self.upcall_vector)
         else:
             self.event_state_changed()
+
+    def apic_enabled(self) -> None:
+        """The local APIC was just enabled by software: an event may have waited for it."""
+        at = self.vcpu.info_maddr
+        if at and self.upcall_vector and self.bytes[at + VI_UPCALL_PENDING]:
+            self.vlapic.set_irq(self.upcall_vector)
 
     def upcall_deliverable(self) -> bool:
         """hvm_local_events_need_delivery(): something is pending, and RFLAGS.IF lets it in."""
@@ -210,12 +232,12 @@ class HvmVcpu:
     # --- guest memory --------------------------------------------------------------------------------
 
     def paging_state(self) -> PagingState:
-        """Control registers now."""
+        """Control registers now, and RFLAGS.AC."""
         cpu = self.live_cpu
         if cpu is not None:
-            return PagingState(cpu.get_cr(0), cpu.get_cr(3), cpu.get_cr(4), cpu.get_efer(), cpu.flags)
-        registers = self.registers()
-        return PagingState(registers.cr0, registers.cr3, registers.cr4, registers.efer, registers.flags)
+            return PagingState(cpu.get_cr(0), cpu.get_cr(3), cpu.get_cr(4), cpu.get_efer(), cpu.flags & EFLAGS_AC)
+        cr0, cr3, cr4, efer, flags = self.context().paging()
+        return PagingState(cr0, cr3, cr4, efer, flags & EFLAGS_AC)
 
     def guest_bytes(self) -> int:
         """hvm_guest_x86_mode(): 8, 4 or 2 by the code segment; 1 for virtual-8086 mode, 0 for real mode."""
@@ -247,13 +269,25 @@ class HvmVcpu:
                 frames[gfn] = mfn
         return mfn
 
-    def _page(self, address: int, write: bool, state: PagingState | None) -> tuple[int, int]:
+    def _page(self, address: int, write: bool, state: PagingState) -> tuple[int, int]:
         """(machine address of ``address``, its guest frame); machine address -1 where a write is to be dropped."""
-        try:
-            gpa = translate(self.memory, self._to_mfn, state or self.paging_state(), address,
-                            PFEC_WRITE if write else 0)
-        except PageFault:
-            raise GuestAccessError(address) from None
+        pfec = PFEC_WRITE if write else 0
+        changes = self.p2m.changes
+        key = address >> 12 << 1 | write
+        found = self._walks.get(key)
+        if found is not None and self._walks_changes == changes and still_valid(found, self.memory, state):
+            gpa = found.gpa | address & 0xFFF
+        else:
+            path: list[tuple[int, int]] = []
+            try:
+                gpa = translate(self.memory, self._to_mfn, state, address, pfec, path)
+            except PageFault:
+                raise GuestAccessError(address) from None
+            if path:
+                if self._walks_changes != changes or len(self._walks) >= _WALKS_CACHED:
+                    self._walks.clear()
+                    self._walks_changes = changes
+                self._walks[key] = Translation(state, gpa & ~0xFFF, tuple(path))
         gfn = gpa >> 12
         if write:
             mfn, kind, _ = self.p2m.get_entry(gfn)
@@ -262,15 +296,15 @@ class HvmVcpu:
             if kind in (P2mType.RAM_RO, P2mType.GRANT_MAP_RO):
                 return -1, gfn  # p2m_is_discard_write
             return mfn << 12 | gpa & 0xFFF, gfn
-        found = self._to_mfn(gfn)
-        if found is None:
+        backed = self._to_mfn(gfn)
+        if backed is None:
             raise GuestAccessError(address)
-        return found << 12 | gpa & 0xFFF, gfn
+        return backed << 12 | gpa & 0xFFF, gfn
 
     def read(self, address: int, size: int) -> bytes:
         """hvm_copy_from_guest_linear(). Raises GuestAccessError."""
         if (address & 0xFFF) + size <= 4096:
-            maddr, _ = self._page(address, False, None)
+            maddr, _ = self._page(address, False, self.paging_state())
             return bytes(self.bytes[maddr : maddr + size])
         state = self.paging_state()
         parts = []

@@ -306,7 +306,9 @@ class Vlapic:
         elif reg == APIC_DFR:
             self.dfr = value | 0x0FFFFFFF
         elif reg == APIC_SPIV:
-            self.spiv = value & _SPIV_VALID
+            was, self.spiv = self.enabled, value & _SPIV_VALID
+            if self.enabled and not was:
+                self._hvm.apic_enabled()
             if not value & _SPIV_ENABLE:
                 for lvt in self.lvt:
                     self.lvt[lvt] |= _LVT_MASKED
