@@ -299,9 +299,12 @@ class Pcpu:
         rendezvous = self.hypervisor.rendezvous
         rendezvous.enter(vcpu.domain, self)
         try:
-            if cpu.loaded is not context:
+            switched = cpu.loaded is not context
+            if switched:
                 cpu.load(context)
             vcpu.arch.before_entry(cpu)
+            if switched:
+                self.scheduler.slice_begins(self.index)
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()

@@ -5,20 +5,14 @@ xen/common/schedule.c, update_runstate_area in xen/arch/x86/domain.c).
 
 from __future__ import annotations
 
-import struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from pyxen.abi.sched import TRC_SCHED_RUNSTATE_CHANGE
-from pyxen.abi.vcpu import RUNSTATE_INFO, XEN_RUNSTATE_UPDATE
-from pyxen.abi.xen import VmAssist
+from pyxen.abi.vcpu import RUNSTATE_INFO
 from pyxen.errors import GuestAccessError
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.vcpu import RunState, Vcpu
-
-_U64: Final = struct.Struct("<Q")
-_STATE_ENTRY_TIME: Final = 8
-_UPDATE_FLAG: Final = 1 << VmAssist.RUNSTATE_UPDATE_FLAG
 
 
 def runstate_change(vcpu: Vcpu, state: RunState, now_ns: int) -> None:
@@ -64,18 +58,12 @@ def copy_to_kernel(vcpu: Vcpu, address: int, data: bytes) -> None:
 def update_runstate_area(vcpu: Vcpu) -> None:
     """Refresh the guest's copy. On the thread of the vCPU's pCPU, between two runs.
 
-    With VMASST_TYPE_runstate_update_flag the top bit of state_entry_time is set while it changes, so that other vCPUs
-    of the guest can tell. The times are those at the last change of state: the guest adds the time since, for the
+    With VMASST_TYPE_runstate_update_flag Xen sets the top bit of state_entry_time while the rest changes, so that
+    other vCPUs of the guest can tell. Here all of them are executed by this thread, so nobody sees it change: one
+    store, with the bit clear. The times are those at the last change of state: the guest adds the time since, for the
     running state.
     """
     address = vcpu.runstate_guest_va
-    if address is None:
-        return
-    entry = vcpu.runstate_since_ns
-    flagged = vcpu.domain.vm_assist & _UPDATE_FLAG
-    if flagged:
-        entry |= XEN_RUNSTATE_UPDATE
-        copy_to_kernel(vcpu, address + _STATE_ENTRY_TIME, _U64.pack(entry))
-    copy_to_kernel(vcpu, address, RUNSTATE_INFO.pack(int(vcpu.runstate), entry, *vcpu.runstate_time_ns))
-    if flagged:
-        copy_to_kernel(vcpu, address + _STATE_ENTRY_TIME, _U64.pack(entry & ~XEN_RUNSTATE_UPDATE))
+    if address is not None:
+        copy_to_kernel(vcpu, address, RUNSTATE_INFO.pack(
+            int(vcpu.runstate), vcpu.runstate_since_ns, *vcpu.runstate_time_ns))
