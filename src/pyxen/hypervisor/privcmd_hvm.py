@@ -187,8 +187,9 @@ def populate(domain: Domain, pfns: Sequence[int]) -> list[range]:
 def _pieces(pfns: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(first, count) of runs of consecutive numbers, cut at multiples of 2 MiB where whole ones fit."""
     at, total = 0, len(pfns)
+    counted = isinstance(pfns, range) and pfns.step == 1  # a builder's; no need to look at each
     while at < total:
-        first, count = pfns[at], 1
+        first, count = pfns[at], total if counted else 1
         while at + count < total and pfns[at + count] == first + count:
             count += 1
         at += count
