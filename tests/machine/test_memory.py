@@ -269,34 +269,3 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 TestAllocator = AllocatorMachine.TestCase
 TestAllocator.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
-
-
-@pytest.mark.parametrize(("count", "holes"), [(2048, 0), (2048, 3), (1000, 1), (100, 0), (5 * 512 + 7, 5)])
-def test_aligned_blocks_come_first_and_nothing_is_handed_out_twice(count: int, holes: int) -> None:
-    memory = Memory(64 << 20)
-    allocator = FrameAllocator(memory, 3)
-    for _ in range(holes):  # free memory begins at odd places
-        allocator.alloc_many(700)
-    runs = allocator.alloc_many(count, order=9)
-    assert sum(map(len, runs)) == count
-    taken = [mfn for run in runs for mfn in run]
-    assert len(set(taken)) == count
-    assert all(allocator.is_allocated(mfn) for mfn in taken)
-    for block in range(count // 512):
-        assert taken[block * 512] % 512 == 0
-        assert taken[block * 512 + 511] == taken[block * 512] + 511
-    for run in runs:
-        allocator.free(run.start, len(run))
-    assert allocator.free_frames == memory.nr_frames - 3 - 700 * holes
-    memory.close()
-
-
-def test_fragments_serve_when_no_block_is_left() -> None:
-    memory = Memory(16 << 20)
-    allocator = FrameAllocator(memory)
-    everything = allocator.alloc_many(4096)
-    for mfn in range(0, 4096, 2):
-        allocator.free(mfn)
-    assert sum(map(len, allocator.alloc_many(2000, order=9))) == 2000
-    assert everything
-    memory.close()

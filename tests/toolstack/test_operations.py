@@ -119,6 +119,17 @@ def test_nodes_have_the_paths_and_permissions_of_a_real_host(
         assert not [path for path in ours if "/image" in path]
 
 
+def test_a_pvh_domain_needs_room_for_nested_page_tables(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(pvh_kernel())
+    wanted = config(tmp_path, "one", 'type = "pvh"', "vcpus = 2")
+    overhead = 1024 + 8 * 2 + 4 * (2 * 256 + 2 * 64)
+    bench.privcmd.free_pages = (64 * 1024 + overhead) // 4 - 1
+    with pytest.raises(HostError, match=f"{64 * 1024 + overhead} KiB are needed"):
+        asyncio.run(bench.operations.create(wanted))
+    bench.privcmd.free_pages += 1
+    asyncio.run(bench.operations.create(wanted))
+
+
 def test_a_pvh_domain_has_its_own_loader_and_kind_and_no_pv_mode(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "kernel").write_bytes(pvh_kernel())
     record = asyncio.run(bench.operations.create(config(tmp_path, "one", 'type = "pvh"', "vcpus = 4")))

@@ -201,8 +201,8 @@ def _create(hypervisor: Hypervisor, request: bytes, wanted: int) -> int:
     _ssidref, handle, flags = abi.CREATEDOMAIN.unpack_from(request, abi.UNION)
     if flags & ~(abi.CDF_HVM_GUEST | abi.CDF_HAP):
         raise XenError(errno.EINVAL)  # 4.6's own PVH among them: there is no more of it
-    if flags & abi.CDF_HAP and not flags & abi.CDF_HVM_GUEST:
-        raise XenError(errno.EINVAL)
+    if bool(flags & abi.CDF_HAP) != bool(flags & abi.CDF_HVM_GUEST):
+        raise XenError(errno.EINVAL)  # nor is there shadow paging
     kind: Literal["pv", "pvh"] = "pvh" if flags & abi.CDF_HVM_GUEST else "pv"
     return domain_create(hypervisor, handle, 1, "exact", wanted, kind=kind).domid
 

@@ -106,15 +106,14 @@ class FrameTable(References):
         finally:
             self.lock.release()
 
-    def alloc_domheap_many(self, domain: Domain, count: int, order: int = 0) -> list[range]:
-        """``count`` frames in few runs, if possible of aligned blocks of 2**order frames. All or nothing:
-        XenError(ENOMEM)."""
+    def alloc_domheap_many(self, domain: Domain, count: int) -> list[range]:
+        """``count`` frames in few runs. All or nothing: XenError(ENOMEM)."""
         if count <= 0:
             return []
         self.lock.acquire()
         try:
             self._admit(domain, count)
-            runs = self.allocator.alloc_many(count, order=order)
+            runs = self.allocator.alloc_many(count)
             for run in runs:
                 self._assign_run(run.start, len(run), domain)
             return runs

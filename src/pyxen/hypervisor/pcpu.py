@@ -42,8 +42,6 @@ _T = TypeVar("_T")
 _LONGEST_SLEEP_S: Final = 3600.0
 _LEAST_RUN_NS: Final = 50_000
 """How long a guest that is entered gets, however late its timers are."""
-_FIRST_RUN_NS: Final = 150_000
-"""The same after a switch: what the switch takes is not to be taken from a vCPU's 200 µs."""
 _ident = threading.get_ident
 
 
@@ -302,12 +300,10 @@ class Pcpu:
             self._in_guest = True
         rendezvous = self.hypervisor.rendezvous
         rendezvous.enter(vcpu.domain, self)
-        least = _LEAST_RUN_NS
         try:
-            if cpu.loaded is not context:
-                least = _FIRST_RUN_NS
+            switched = cpu.loaded is not context
+            if switched:
                 cpu.load(context)
-                self._pause_exits = False
                 self._pause_exits = False
             siblings = self.scheduler.ops.has_siblings(vcpu)
             if siblings is not self._pause_exits:
@@ -315,15 +311,17 @@ class Pcpu:
                 self._pause_exits = siblings
                 cpu.set_pause_exits(siblings)
             vcpu.arch.before_entry(cpu)
+            if switched:
+                self.scheduler.slice_begins(self.index)
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns
                 deadline = forced if deadline is None else min(deadline, forced)
-            if deadline is not None and deadline < (now := self.clock.now_ns()) + least:
+            if deadline is not None and deadline < (now := self.clock.now_ns()) + _LEAST_RUN_NS:
                 # A slice may be over before the switch to it is: on a busy host that could be so for ever.
-                deadline = now + least
+                deadline = now + _LEAST_RUN_NS
             self.entries += 1
             self._running = True
             try:

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 _BUFFERS_AT = 0x10000
 _OVERHEAD_KB = 1024
-SUPERPAGE_ORDER = 9
-"""2 MiB."""
 
 
 class Dom0Caller:
@@ -383,10 +381,9 @@ class PrivCmd(HvmControl, SchedulerCalls):
         domain = lifecycle.find(self._hypervisor, domid)
         self._hypervisor.xsm.memory_adjust_reservation(self._dom0, domain)
         frames = self._hypervisor.frames
-        runs = frames.alloc_domheap_many(domain, len(pfns), SUPERPAGE_ORDER if domain.is_hvm else 0)
         if domain.is_hvm:
-            populate(domain, pfns, runs)
-            return runs
+            return populate(domain, pfns)
+        runs = frames.alloc_domheap_many(domain, len(pfns))
         done = 0
         for run in runs:
             frames.m2p.set_run(run.start, array("Q", pfns[done : done + len(run)]))

@@ -7,8 +7,8 @@ Everything acts as domain 0. Guest-physical addresses are bytes, ``gfn`` is such
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.domctl import Domctl
 from pyxen.errors import XenError
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
     from pyxen.hypervisor.log_dirty import DirtyStats
     from pyxen.machine.cpu.base import HvmRegisters
+
+
+_2M_ORDER: Final = 9
+_2M: Final = 1 << _2M_ORDER
 
 
 class HvmControl(Control):
@@ -144,21 +148,53 @@ class HvmControl(Control):
         return log_dirty.clean(self._target(domid, Domctl.SHADOW_OP), start, pages)
 
 
-def populate(domain: Domain, pfns: Sequence[int], runs: list[range]) -> None:
-    """Enter fresh frames of a translated domain in its p2m, in the order of ``pfns``. XenError(ENOMEM, EINVAL): the
-    frames that have no place are the domain's all the same, until it dies."""
-    p2m = domain.hvm.p2m
-    if isinstance(pfns, range) and pfns.step == 1:
-        p2m.populate(pfns.start, runs)
-        return
-    at = 0
-    for run in runs:
-        offset = 0
-        while offset < len(run):
-            first = pfns[at]
-            count = 1
-            while offset + count < len(run) and pfns[at + count] == first + count:
-                count += 1
-            p2m.populate(first, [range(run.start + offset, run.start + offset + count)])
-            offset += count
-            at += count
+def populate(domain: Domain, pfns: Sequence[int]) -> list[range]:
+    """Give a translated domain frames at ``pfns``, in the largest pages that these allow; the machine frames as runs in
+    that order. XenError: ENOMEM (nothing has changed, or, without frames for tables, frames that have no place are
+    the domain's until it dies), EINVAL."""
+    frames = domain.hypervisor.frames
+    given: list[tuple[int, range]] = []
+    try:
+        for first, count in _pieces(pfns):
+            if count == _2M:
+                try:
+                    mfn = frames.alloc_domheap(domain, _2M_ORDER)
+                except XenError as error:
+                    if error.errno != errno.ENOMEM or domain.tot_pages + count > domain.max_pages:
+                        raise
+                else:
+                    given.append((first, range(mfn, mfn + count)))
+                    continue
+            for run in frames.alloc_domheap_many(domain, count):
+                given.append((first, run))
+                first += len(run)
+    except XenError:
+        for _, run in given:
+            for mfn in run:
+                frames.guest_remove_page(mfn, domain)
+        raise
+    for first, run in given:
+        domain.hvm.p2m.populate(first, [run])
+    return [run for _, run in given]
+
+
+def _pieces(pfns: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of runs of consecutive numbers, cut at multiples of 2 MiB where whole ones fit."""
+    at, total = 0, len(pfns)
+    counted = isinstance(pfns, range) and pfns.step == 1  # a builder's; no need to look at each
+    while at < total:
+        first, count = pfns[at], total if counted else 1
+        while at + count < total and pfns[at + count] == first + count:
+            count += 1
+        at += count
+        head = min(-first % _2M, count)
+        if head:
+            yield first, head
+        first += head
+        count -= head
+        while count >= _2M:
+            yield first, _2M
+            first += _2M
+            count -= _2M
+        if count:
+            yield first, count

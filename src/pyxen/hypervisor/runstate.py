@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.vcpu import RunState, Vcpu
 
 
-
 def runstate_change(vcpu: Vcpu, state: RunState, now_ns: int) -> None:
     """vcpu_runstate_change(). With the run queue lock of the vCPU held."""
     old = vcpu.runstate
@@ -59,12 +58,12 @@ def copy_to_kernel(vcpu: Vcpu, address: int, data: bytes) -> None:
 def update_runstate_area(vcpu: Vcpu) -> None:
     """Refresh the guest's copy. On the thread of the vCPU's pCPU, between two runs.
 
-    VMASST_TYPE_runstate_update_flag (the top bit of state_entry_time is set while the rest changes) needs nothing here:
-    the domain's other vCPUs have the same engine, so none of them can look while we write. The times are those at the
-    last change of state: the guest adds the time since, for the running state.
+    With VMASST_TYPE_runstate_update_flag Xen sets the top bit of state_entry_time while the rest changes, so that
+    other vCPUs of the guest can tell. Here all of them are executed by this thread, so nobody sees it change: one
+    store, with the bit clear. The times are those at the last change of state: the guest adds the time since, for the
+    running state.
     """
     address = vcpu.runstate_guest_va
-    if address is None:
-        return
-    area = RUNSTATE_INFO.pack(int(vcpu.runstate), vcpu.runstate_since_ns, *vcpu.runstate_time_ns)
-    copy_to_kernel(vcpu, address, area)
+    if address is not None:
+        copy_to_kernel(vcpu, address, RUNSTATE_INFO.pack(
+            int(vcpu.runstate), vcpu.runstate_since_ns, *vcpu.runstate_time_ns))

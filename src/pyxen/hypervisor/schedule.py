@@ -495,6 +495,7 @@ class Schedule(Homes):
             timers.stop(data.slice_timer)
         else:
             timers.set(data.slice_timer, now + slice_ns)
+        data.slice_ns = slice_ns
         if vcpu is not previous:
             if previous is not None:
                 timers.stop(previous.periodic_timer)
@@ -507,6 +508,13 @@ class Schedule(Homes):
         if len(self._queues) > 1:
             self._balance(data, now)
         return vcpu
+
+    def slice_begins(self, cpu: int) -> None:
+        """The switch to the vCPU that :meth:`schedule` chose is done: its slice begins now. (To switch takes a good
+        part of one, and on a busy host all of it: nobody would get anywhere.)"""
+        data = self._cpus[cpu]
+        if data.slice_ns is not None:
+            data.pcpu.timers.set(data.slice_timer, self.now_ns() + data.slice_ns)
 
     def context_saved(self, vcpu: Vcpu) -> None:
         """The pCPU executes ``vcpu`` no more."""

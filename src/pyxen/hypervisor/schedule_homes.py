@@ -71,7 +71,9 @@ class SchedulablePcpu(Protocol):
 class ScheduleData:
     """``struct schedule_data``: one pCPU."""
 
-    __slots__ = ("claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_timer", "switches")
+    __slots__ = (
+        "claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_ns", "slice_timer", "switches",
+    )
 
     def __init__(self, pcpu: SchedulablePcpu) -> None:
         self.pcpu = pcpu
@@ -79,6 +81,8 @@ class ScheduleData:
         self.lock = TicketLock(f"run queue of pCPU {pcpu.index}")
         self.current: Vcpu | None = None
         self.slice_timer = Timer(lambda _now: pcpu.request_resched())
+        self.slice_ns: int | None = None
+        """Length of the slice that slice_timer ends."""
         self.retry_timer = Timer(lambda _now: pcpu.request_resched())
         """When to look for other pCPUs' work again."""
         self.switches = 0

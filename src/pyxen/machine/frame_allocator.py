@@ -90,29 +90,6 @@ class _Pool:
             self.rebuild()
         return None
 
-    def take_blocks(self, count: int, size: int) -> list[range]:
-        """At most ``count // size`` naturally aligned blocks of ``size`` frames, neighbours as one run."""
-        taken: list[range] = []
-        left = count // size
-        for attempt in range(2):
-            for index in range(len(self.runs) - 1, -1, -1):
-                start, stop = self.runs[index]
-                low = (start + size - 1) & -size
-                blocks = min((stop - low) // size, left)
-                if blocks <= 0:
-                    continue
-                high = low + blocks * size
-                self.runs[index:index + 1] = [(a, b) for a, b in ((high, stop), (start, low)) if a < b]
-                self._mark_used(low, high)
-                taken.append(range(low, high))
-                left -= blocks
-                if not left:
-                    return taken
-            if attempt or self.free < size:
-                break
-            self.rebuild()
-        return taken
-
     def take_many(self, count: int) -> list[range]:
         """At most ``count`` frames in few runs."""
         count = min(count, self.free)
@@ -197,12 +174,8 @@ class FrameAllocator:
                 break
         raise XenError(errno.ENOMEM, f"no {1 << order} contiguous free machine frames")
 
-    def alloc_many(self, count: int, node: int | None = None, order: int = 0) -> list[range]:
-        """``count`` zeroed frames in as few runs as possible; all or nothing. Raises XenError(ENOMEM).
-
-        With an ``order`` as many as there are come first, in naturally aligned blocks of 2**order frames, and the rest
-        after them.
-        """
+    def alloc_many(self, count: int, node: int | None = None) -> list[range]:
+        """``count`` zeroed frames in as few runs as possible; all or nothing. Raises XenError(ENOMEM)."""
         if count < 0:
             raise InternalError(f"allocation of {count} frames")
         if count > sum(pool.free for pool in self._pools):
@@ -213,12 +186,6 @@ class FrameAllocator:
                 raise XenError(errno.ENOMEM, f"{count} machine frames wanted, {free} free")
             taken: list[range] = []
             for pool in self._order(node):
-                if count == 0:
-                    break
-                runs = pool.take_many(count) if not order else pool.take_blocks(count, 1 << order)
-                taken += runs
-                count -= sum(map(len, runs))
-            for pool in self._order(node) if order else ():
                 if count == 0:
                     break
                 runs = pool.take_many(count)

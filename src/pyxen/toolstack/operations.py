@@ -121,7 +121,7 @@ class Operations:
     def _claim_memory(self, claim: int, config: DomainConfig) -> None:
         """Make sure that the memory is there before anything is built, and that no other create counts on it too."""
         memory_kb = config.memory_mb * 1024
-        need = memory_kb + self.services.privcmd.domain_overhead_kb(memory_kb, config.max_vcpus)
+        need = memory_kb + self.services.privcmd.domain_overhead_kb(memory_kb, config.max_vcpus) + paging_kb(config)
         free = self.services.privcmd.physinfo().free_kb - sum(
             max(0, claimed - self._given_kb(domid)) for domid, claimed in self._claims.values()
         )
@@ -288,6 +288,12 @@ class Operations:
                 self.table.rename(record, before)
                 record.uuid = old_uuid
                 raise
+
+
+def paging_kb(config: DomainConfig) -> int:
+    """What the nested page tables of a translated domain may take (``libxl_get_required_shadow_memory``): 256 frames a
+    vCPU, two for each MiB of memory. A PV domain's page tables are in its own memory."""
+    return 0 if config.type == "pv" else 4 * (256 * config.max_vcpus + 2 * config.maxmem_mb)
 
 
 def check_actions(config: DomainConfig) -> None:

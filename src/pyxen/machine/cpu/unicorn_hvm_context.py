@@ -96,6 +96,12 @@ class UnicornHvmContext(UnicornContext):
         self._must_be_idle()
         self.view64[ui.NESTED_CR3 >> 3] = maddr & _U64
 
+    def paging(self) -> tuple[int, int, int, int, int]:
+        """CR0, CR3, CR4, EFER and RFLAGS. Raises InternalError while an engine holds them."""
+        self._must_be_idle()
+        v64 = self.view64
+        return (v64[ui.CR0 >> 3], v64[ui.CR3 >> 3], v64[ui.CR4 >> 3], v64[ui.EFER >> 3], v64[ui.EFLAGS >> 3] & _U32)
+
     def get_hvm(self) -> HvmRegisters:
         """Decode the saved state. Raises InternalError while an engine holds it."""
         self._must_be_idle()

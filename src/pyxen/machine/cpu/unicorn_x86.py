@@ -102,7 +102,7 @@ class UnicornX86(HvmPart):
         self._keep: list[Any] = []
         self._install_hooks()
         self._alarms = alarms if alarms is not None else AlarmClock(clock)
-        self._alarm = self._alarms.alarm(self.kick)
+        self._alarm = self._alarms.alarm(self._deadline_passed)
         memory.add_listener(self.invalidate)
 
     # --- construction ------------------------------------------------------------------------------------------------
@@ -494,6 +494,11 @@ class UnicornX86(HvmPart):
             self.kick()
         else:
             self._alarm.set(deadline_ns)
+
+    def _deadline_passed(self) -> None:
+        """A run that a handler stopped early leaves its deadline behind: that is not the next one's."""
+        if self._running:
+            self.kick()
 
     def stop(self) -> None:
         """Leave :meth:`run` when the trap handler returns."""

@@ -75,7 +75,8 @@ class PvhLayout:
     @property
     def areas(self) -> tuple[Area, ...]:
         """All frames the guest gets, ascending."""
-        return *[area for area in self.ram if area.end <= self.acpi.pfn], self.acpi, self.special, *self.ram[1:]
+        low, *high = self.ram
+        return low, self.acpi, self.special, *high
 
 
 def plan(

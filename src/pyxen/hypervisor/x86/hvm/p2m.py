@@ -240,11 +240,13 @@ class P2m:
             try:
                 self.set_entry(gfn, self.null_page >> 12, 0, P2mType.MMIO_DM)
             except XenError:
+                self.table.prune(gfn)  # tables that were made before there were no more
                 while self.holes:
                     self._unmap_hole(self.holes.popleft())
                 try:
                     self.set_entry(gfn, self.null_page >> 12, 0, P2mType.MMIO_DM)
                 except XenError:
+                    self.table.prune(gfn)
                     return False
             finally:
                 self.max_mapped_gfn = high  # a hole is not mapped

@@ -113,6 +113,8 @@ class HvmVcpu:
         if self.vcpu.nmi_pending:
             self.vcpu.nmi_pending = False
             hvm_cpu.inject_nmi()
+        if len(self.domain.vcpus) > 1:
+            hvm_cpu.set_pause_exits(True)  # it spins for another vCPU, which waits for this engine
         self.update_window()
 
     def flush_tlb(self) -> None:

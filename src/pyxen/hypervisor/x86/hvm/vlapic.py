@@ -231,6 +231,10 @@ class Vlapic:
                 targets = [min(enabled, key=lambda t: (t.ppr, t.vcpu_id))]
         for target in targets:
             target.accept(mode, low)
+        others = [target for target in targets if target is not self]
+        if others and mode in (DM_FIXED, DM_LOWEST, DM_NMI):
+            hvm = self._hvm
+            hvm.hypervisor.scheduler.vcpu_yield_to(hvm.vcpu, others[0]._hvm.vcpu)
 
     def accept(self, mode: int, low: int) -> None:
         """vlapic_accept_irq(): an IPI arrives."""
