@@ -65,7 +65,9 @@ def error_response(error: Exception) -> JSONResponse:
             line = " ".join(f"internal error in the host: {type(error).__name__}: {error}".split())[:300]
             return JSONResponse({"error": line, "hint": "the host's log has the traceback", "exit": 1}, 500)
     hint = error.hint if isinstance(error, PyxenError) else None
-    return JSONResponse({"error": " ".join(str(error).splitlines()), "hint": hint, "exit": 1}, status)
+    # What the client sent may be quoted in it, and JSON can carry what UTF-8 cannot.
+    line = " ".join(str(error).splitlines()).encode("utf-8", "replace").decode()
+    return JSONResponse({"error": line, "hint": hint, "exit": 1}, status)
 
 
 def _guarded(endpoint: Endpoint, before: Callable[[], None]) -> Endpoint:

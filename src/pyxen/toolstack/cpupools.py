@@ -76,7 +76,7 @@ async def pool_name(services: Services, poolid: int) -> str:
     value = await services.store.read(f"/local/pool/{poolid}/name")
     if value is None:
         return POOL_0_NAME if poolid == 0 else f"(cpupool {poolid})"
-    return value.decode("utf-8", "surrogateescape")
+    return value.decode("utf-8", "replace")
 
 
 async def find_pool(services: Services, which: str) -> int:
@@ -276,7 +276,7 @@ async def move_domain(services: Services, poolid: int, domid: int) -> None:
 
 def check_pool_name(name: str) -> None:
     """Raise ConfigError for a name that could not be found again or is no node's value."""
-    if not name or len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES or not name.isprintable():
+    if not name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:  # surrogates do not print
         raise ConfigError(f"invalid cpupool name {name[:80]!r}", hint=f"1 to {MAX_NAME_BYTES} printable bytes")
     if "/" in name:
         raise ConfigError(f"invalid cpupool name {name[:80]!r}", hint="without '/'")

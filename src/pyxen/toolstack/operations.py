@@ -36,6 +36,7 @@ from pyxen.toolstack.services import Services, in_thread, to_the_end
 log = logging.getLogger("pyxen.toolstack")
 
 MAX_KERNEL_BYTES: Final = 1 << 30
+E820_RAM: Final = 1
 
 
 class Operations:
@@ -178,6 +179,8 @@ class Operations:
         await store_entries.publish(services.store, store_entries.domain_nodes(record))
         record.check_abort()
         privcmd.max_mem(domid, config.maxmem_mb * 1024 + MAXMEM_SLACK_KB)
+        if config.type == "pv":  # xc_domain_set_memmap_limit: without it a balloon cannot grow past the start
+            privcmd.set_memory_map(domid, [(0, config.maxmem_mb << 20, E820_RAM)])
         privcmd.sched_credit_set(domid, weight=config.cpu_weight, cap=config.cap)
         store_port = privcmd.evtchn_alloc_unbound(domid, 0)
         console_port = privcmd.evtchn_alloc_unbound(domid, 0)
