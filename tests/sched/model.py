@@ -241,6 +241,10 @@ class ModelPcpu:
     def release_domain(self, domain: Domain) -> None:
         assert self.current is None or self.current.domain is not domain
 
+    def executed_ns(self) -> int:
+        assert self.current is not None
+        return self.hypervisor.clock.now_ns() - self.current.runstate_since_ns
+
     @property
     def thread_ident(self) -> int | None:
         return self.index

@@ -20,6 +20,7 @@ Locking: ``_condition`` is a leaf but for the timer queue's lock; the engine is 
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -81,6 +82,7 @@ class Pcpu:
         self._running = False
         """Inside Cpu.run(). Of this thread only: true in trap handlers."""
         self._resched = False
+        self._executed_from = 0
         self._pause_exits = False
         """Whether PAUSE leaves the loaded context."""
         self._current: Vcpu | None = None
@@ -93,6 +95,11 @@ class Pcpu:
     def thread_ident(self) -> int | None:
         """:attr:`ident`, as the scheduler asks for it."""
         return self.ident
+
+    def executed_ns(self) -> int:
+        """How much CPU time this thread has had since the vCPU it executes was switched to: less than what has passed
+        where the computer has other things to do. On the thread."""
+        return time.thread_time_ns() - self._executed_from
 
     def leave_guest(self) -> None:
         """See :class:`~pyxen.hypervisor.rendezvous.Inside`."""
@@ -313,6 +320,7 @@ class Pcpu:
             vcpu.arch.before_entry(cpu)
             if switched:
                 self.scheduler.slice_begins(self.index)
+                self._executed_from = time.thread_time_ns()
             if self._resched or self._poked:
                 return  # an event it just got woke somebody more important, or gave this thread work
             deadline = self.timers.next_deadline()

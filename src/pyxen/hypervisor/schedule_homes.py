@@ -57,6 +57,10 @@ class SchedulablePcpu(Protocol):
         """``domain`` is about to leave: save what is loaded of it. On the pCPU's thread, which does not execute it."""
         ...
 
+    def executed_ns(self) -> int:
+        """CPU time its thread has had since it switched to the vCPU it executes. On the thread."""
+        ...
+
     @property
     def thread_ident(self) -> int | None:
         """threading.get_ident() of its thread; None before it runs."""
@@ -107,6 +111,10 @@ class Homes:
     def may_run(self, domain: Domain, cpu: int) -> bool:
         """Whether ``domain`` is at home on ``cpu``'s engine, and not about to leave it."""
         return domain.home == self._cpus[cpu].index and domain.leaving < 0
+
+    def executed_ns(self, cpu: int) -> int:
+        """How long ``cpu``'s current vCPU has really been executed since it was switched to. On its thread."""
+        return self._cpus[cpu].pcpu.executed_ns()
 
     def allowed(self, vcpu: Vcpu) -> Sequence[int]:
         """The pCPUs that ``vcpu`` may be assigned to: its hard affinity within its domain's cpupool. Never empty: a

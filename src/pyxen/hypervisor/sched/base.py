@@ -54,6 +54,11 @@ class SchedulerHost(Protocol):
         """The timers of a pCPU."""
         ...
 
+    def executed_ns(self, cpu: int) -> int:
+        """How long the current vCPU of ``cpu`` has really been executed since it was switched to: not the time that the
+        computer gave to something else."""
+        ...
+
     def may_run(self, domain: Domain, cpu: int) -> bool:
         """Whether ``domain`` is at home on the engine of ``cpu``, and not about to leave it. Under its queue's lock."""
         ...

@@ -365,6 +365,9 @@ class CreditScheduler:
                 or (yielded and sibling is None)
             )
         directed, runq.directed = runq.directed, None
+        if sibling is not None and scurr is not None and not yielded and ran >= ROTATE_NS:
+            # A slice of which the computer took most away is not over: on a busy one a guest would only rotate.
+            ran = min(ran, self._host.executed_ns(cpu))
         if take_other or mine < OVER:
             chosen = other
         elif scurr is None or (sibling is not None and (yielded or ran >= ROTATE_NS or sibling is directed)):
