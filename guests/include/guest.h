@@ -58,7 +58,7 @@ s64 send_nmi(u32 cpu);
     !!(condition); })
 /* Block until the port is pending (it may stay masked), or a time. */
 s64 poll_port(u32 port, u64 until_ns);
-void block(void);                               /* SCHEDOP_block: events on */
+void block(void);                               /* with events off: wait for one, take it; events are off again */
 
 typedef volatile u32 spinlock;
 void spin_lock(spinlock *lock);                 /* PAUSE only */

@@ -146,7 +146,7 @@ struct vcpu_hvm_context {
     u64 rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, rip, rflags, cr0, cr3, cr4, efer;
     u64 pad2[16];
 };
-#define VCPU_HVM_MODE_64B 2
+#define VCPU_HVM_MODE_64B 1
 struct hvm_start_info {
     u32 magic, version, flags, nr_modules;
     u64 modlist, cmdline, rsdp, memmap;

@@ -92,12 +92,14 @@ s64 poll_port(u32 port, u64 until_ns)
     return HC2(sched_op, SCHEDOP_poll, &p);
 }
 
+/* Events come on and the wait begins in one step: an event that comes before it ends it. */
 void block(void)
 {
 #ifdef PVH
-    __asm__ volatile("sti; hlt" ::: "memory");
+    __asm__ volatile("sti; hlt; cli" ::: "memory");
 #else
     HC2(sched_op, SCHEDOP_block, 0);
+    events_off();
 #endif
 }
 

@@ -20,8 +20,14 @@ static struct vcpu_runstate_info areas[MAX_CPUS];
 
 enum { IDLE, SELF, DOWN, BLOCK, POLL, SPIN, SPIN_OFF, READ, TIMERS, LOCKS, AREA, SEND_ALL, BRING_BACK };
 
+static void *volatile flush_on_ipi;             /* PVH: what the handler of an IPI is to flush */
+
 static void hook(u32 port, struct regs *regs)
 {
+#ifdef PVH
+    if (flush_on_ipi)
+        __asm__ volatile("invlpg (%0)" : : "r"(flush_on_ipi) : "memory");
+#endif
     upcall_cpu[port] = this_cpu() + 1;
 }
 
@@ -46,7 +52,6 @@ static s64 carry_out(u32 cpu, u32 what)
         u64 seen = event_count[ipi[cpu]];
         while (event_count[ipi[cpu]] == seen)
             block();
-        events_off();
         return (s64)event_count[ipi[cpu]];
     }
     case POLL: {                                /* masked: only the poll sees it */
@@ -73,8 +78,12 @@ static s64 carry_out(u32 cpu, u32 what)
     case READ: {                                /* what is at the window changes only by a shoot-down */
         u64 first = *(volatile u64 *)window;
         answer[cpu] = (s64)first;
+        if (!argument)
+            return (s64)first;
+        events_on();
         while (*(volatile u64 *)window == first && argument)
             relax();
+        events_off();
         return (s64)*(volatile u64 *)window;
     }
     case TIMERS: {
@@ -176,7 +185,7 @@ static void tell(u32 cpu, u32 what)
 /* Before any other vCPU is up. */
 static void errnos(void)
 {
-    static struct vcpu_guest_context bad;
+    static struct vcpu_guest_context bad;       /* as a vcpu_hvm_context it is as bad */
     struct vcpu_runstate_info r;
     struct { u64 mfn; u32 offset, reserved; } info = { virt_to_mfn(&bad), 0, 0 };
     struct { u64 timeout; u32 flags; } one = { now_ns() + MS, 0 };
@@ -326,10 +335,46 @@ static void moving_ports(void)
     evtchn_port_op(EVTCHNOP_close, alloc.port);
 }
 
-#ifndef PVH
 static u64 page_a[512] PAGE_ALIGNED = { 0xaaaa }, page_b[512] PAGE_ALIGNED = { 0xbbbb };
 static u64 view[512] PAGE_ALIGNED = { 1 };
 
+#ifdef PVH
+/* The page table entry changes, then HVMOP_flush_tlbs, or an IPI whose handler flushes. */
+static void shoot_down(void)
+{
+    u64 home = virt_to_mfn(view);
+    window = view;
+    for (u32 way = 0; way < 4; way++) {
+        u64 old = way % 2 ? 0xbbbb : 0xaaaa;
+        CHECK_EQ(remap(view, virt_to_mfn(way % 2 ? page_b : page_a) * PAGE_SIZE | PTE_KERNEL_RW), 0);
+        CHECK_EQ(HC2(hvm_op, HVMOP_flush_tlbs, 0), 0);
+        argument = 1;
+        for (u32 cpu = 1; cpu < cpus; cpu++) {
+            answer[cpu] = 0;
+            tell(cpu, READ);
+        }
+        for (u32 cpu = 1; cpu < cpus; cpu++)
+            CHECK(WAIT_FOR((u64)answer[cpu] == old), "vCPU %u reads %lx", cpu, answer[cpu]);
+        CHECK_EQ(remap(view, virt_to_mfn(way % 2 ? page_a : page_b) * PAGE_SIZE | PTE_KERNEL_RW), 0);
+        if (way < 2)
+            CHECK_EQ(HC2(hvm_op, HVMOP_flush_tlbs, 0), 0);
+        else {
+            flush_on_ipi = view;
+            for (u32 cpu = 1; cpu < cpus; cpu++)
+                CHECK_EQ(evtchn_port_op(EVTCHNOP_send, ipi[cpu]), 0);
+        }
+        for (u32 cpu = 1; cpu < cpus; cpu++) {
+            CHECK(WAIT_FOR(command[cpu] == IDLE), "way %u: vCPU %u reads the old page", way, cpu);
+            CHECK_EQ(answer[cpu], old ^ 0xaaaa ^ 0xbbbb);
+        }
+        flush_on_ipi = 0;
+        argument = 0;
+    }
+    CHECK_EQ(HC2(hvm_op, HVMOP_flush_tlbs, 1), -EINVAL);
+    CHECK_EQ(remap(view, home * PAGE_SIZE | PTE_KERNEL_RW), 0);
+    CHECK_EQ(HC2(hvm_op, HVMOP_flush_tlbs, 0), 0);
+}
+#else
 static s64 flush_op(u32 cmd, u64 arg1, u64 arg2)
 {
     struct mmuext_op op = { cmd, 0, arg1, arg2 };
@@ -530,8 +575,9 @@ static void without_zero(void)
 
 TESTS({ "errnos", errnos }, { "bring_up", bring_up }, { "ipis", ipis }, { "ipi_storm", ipi_storm },
       { "moving_ports", moving_ports },
+      { "shoot_down", shoot_down },
 #ifndef PVH
-      { "shoot_down", shoot_down }, { "writable_tables", writable_tables },
+      { "writable_tables", writable_tables },
 #endif
       { "timers", timers }, { "locks", locks }, { "steal", steal }, { "nmi", nmi }, { "down_and_up", down_and_up },
       { "taken_down", taken_down }, { "without_zero", without_zero });

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pyxen.abi.xen import PAGE_SIZE, DomId
 from pyxen.errors import HostError
+from pyxen.toolstack import cpupools, runtime
 from pyxen.toolstack.consoles import ConsoleStream, DomainConsole
 from pyxen.toolstack.domains import DomainRecord, Phase
 from pyxen.toolstack.operations import Operations
+from pyxen.toolstack.runtime import CpuSet, Pinned
 from pyxen.toolstack.services import in_thread
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class DomainHandle:
         self, operations: Operations, record: DomainRecord, store: Client, find: Callable[[int], DomainHandle]
     ) -> None:
         self._operations = operations
+        self._services = operations.services
         self._privcmd = operations.services.privcmd
         self._record = record
         self._client = store
@@ -103,6 +106,52 @@ class DomainHandle:
     async def rename(self, name: str) -> None:
         """Another name."""
         await self._operations.rename(self._record, name)
+
+    # --- resources --------------------------------------------------------------------------------
+
+    async def set_vcpus(self, count: int) -> None:
+        """Ask the guest to have its first ``count`` vCPUs online, through xenstore; its kernel does it when it likes.
+
+        Raises HostError for more than it was configured with (``maxvcpus``).
+        """
+        await runtime.set_vcpus(self._services, self._record, count)
+
+    async def pin(
+        self, vcpu: int | None = None, hard: CpuSet | None = None, soft: CpuSet | None = None
+    ) -> list[Pinned]:
+        """Set the pCPUs where a vCPU (None: each) may run, and where it had better; None leaves one as it is.
+
+        ``"0-3,^2"``, ``"node:1"``, ``"all"`` or numbers. Raises ConfigError, HostError.
+        """
+        return await runtime.pin(self._services, self._record, vcpu, hard, soft)
+
+    async def set_memory(self, target_kb: int) -> None:
+        """Ask the guest's balloon driver for this size in KiB, which becomes its limit too. Raises HostError above its
+        static maximum."""
+        await runtime.set_memory(self._services, self._record, target_kb)
+
+    async def set_max_memory(self, maximum_kb: int) -> None:
+        """Limit its memory, in KiB; nothing is taken from it. Raises HostError below its target."""
+        await runtime.set_max_memory(self._services, self._record, maximum_kb)
+
+    async def set_scheduling(self, *, weight: int | None = None, cap: int | None = None) -> None:
+        """Weight (1 to 65535) and cap (percent of a pCPU, 0 for none). Raises HostError."""
+        runtime.set_sched_credit(self._privcmd, self._record, weight, cap)
+
+    async def move_to_pool(self, pool: str | int) -> None:
+        """Run it on the pCPUs of a cpupool, by name or number. Raises HostError."""
+        poolid = await cpupools.find_pool(self._services, str(pool))
+        await cpupools.move_domain(self._services, poolid, self.domid)
+
+    async def trigger(self, name: str, vcpu: int = 0) -> None:
+        """Send ``nmi`` to a vCPU. Raises HostError for the triggers that this kind of guest cannot be sent."""
+        runtime.send_trigger(self._services, self._record, name, vcpu)
+
+    async def sysrq(self, letter: str) -> None:
+        """Ask its kernel for a SysRq."""
+        await runtime.send_sysrq(self._services, self._record, letter)
+
+    # --- its end ----------------------------------------------------------------------------------
 
     async def wait(self) -> str:
         """Wait until it has ended: ``poweroff``, ``reboot``, ``crash``, … or ``destroyed`` when it never shut down."""

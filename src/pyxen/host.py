@@ -37,11 +37,12 @@ from pyxen.machine.clock import Clock, RealClock
 from pyxen.machine.cpu.base import Cpu
 from pyxen.machine.memory import PAGE_SIZE, Memory
 from pyxen.machine.topology import Topology
-from pyxen.toolstack import info, store_entries
+from pyxen.toolstack import info, runtime, store_entries
 from pyxen.toolstack.build import pv_builder, pvh_builder
 from pyxen.toolstack.build.kernel import KernelImage, PvhImage
 from pyxen.toolstack.config import FEATURES, DomainConfig, parse
 from pyxen.toolstack.consoles import Consoles
+from pyxen.toolstack.cpupools import Cpupools
 from pyxen.toolstack.dom0_store import Dom0Store
 from pyxen.toolstack.domains import DOM0_NAME, DomainRecord, DomainTable, EventLog, LifeEvent, UnknownDomain
 from pyxen.toolstack.lifecycle import Lifecycle
@@ -136,6 +137,7 @@ class Host:
         self.xenstored: XenstoreDaemon
         self.store: Dom0Store
         self.operations: Operations
+        self.cpupools: Cpupools
         self.lifecycle: Lifecycle
         self.started_unix = 0.0
 
@@ -198,6 +200,7 @@ class Host:
         self.executor = executor
         self.consoles = Consoles(self.privcmd, self.rundir)
         services = Services(self.privcmd, self.store, self.store, self.consoles, self._build, self._now_unix, executor)
+        self.cpupools = Cpupools(services)
         self.operations = Operations(
             services, self.table, self.events, features=FEATURES, default_pv_mode=self.pv_mode
         )
@@ -336,17 +339,10 @@ class Host:
 
     def info(self, *, numa: bool = False) -> dict[str, object]:
         """``xl info``."""
-        topology, allocator = self.topology, self.hypervisor.allocator
-        places = [topology.place(cpu) for cpu in range(topology.nr_cpus)]
         machine = info.Machine(
             version=__version__,
             engine=f"{self._engine_name} {_version_of(self._engine_name)}".strip(),
             command_line=self._command_line(),
-            cpus=[info.CpuPlace(place.cpu, place.core, place.socket, place.node) for place in places],
-            nodes=[
-                info.NodeMemory(node, len(self.memory.node_range(node)) * 4, allocator.free_frames_of_node(node) * 4)
-                for node in range(topology.nodes)
-            ],
         )
         return info.host_info(self.privcmd, machine, numa=numa)
 
@@ -360,7 +356,7 @@ class Host:
 
     def rows(self) -> list[dict[str, object]]:
         """``xl list``."""
-        return info.domain_rows(self.privcmd, self.table, self.started_unix)
+        return info.domain_rows(self.privcmd, self.table, self.started_unix, self.cpupools.names)
 
     def row(self, which: str | int) -> dict[str, object]:
         """One domain of :meth:`rows`, with its configuration."""
@@ -368,7 +364,7 @@ class Host:
         found, record = self.privcmd.domain_info(domid), self.table.get(domid)
         if found is None:
             raise UnknownDomain(f"{which} is an invalid domain identifier (rc=-6)")
-        row = info.domain_row(found, record, self.started_unix)
+        row = info.domain_row(found, record, self.started_unix, self.cpupools.names)
         return {**row, "config": info.domain_config(self.privcmd, found, record)}
 
     def vcpus(self, which: str | int) -> list[dict[str, object]]:
@@ -395,15 +391,21 @@ class Host:
         return {"weight": weight, "cap": cap}
 
     def set_sched_credit(self, domid: int, weight: int | None, cap: int | None) -> None:
-        """Change them; None leaves one as it is."""
+        """Change them; None leaves one as it is. Raises HostError (libxl's words) out of range."""
         if domid == 0:
             raise HostError(f"{DOM0_NAME} is not scheduled by this hypervisor")
-        self.privcmd.sched_credit_set(domid, weight=weight, cap=cap)
+        runtime.set_sched_credit(self.privcmd, self.table.find(domid), weight, cap)
 
-    def sched_credit_pool(self) -> dict[str, int]:
-        """The scheduler's own parameters."""
-        timeslice_ms, ratelimit_us = self.privcmd.sched_credit_parameters()
+    def sched_credit_pool(self, poolid: int = 0) -> dict[str, int]:
+        """The parameters of a cpupool's scheduler."""
+        timeslice_ms, ratelimit_us = self.privcmd.sched_credit_parameters(poolid)
         return {"tslice_ms": timeslice_ms, "ratelimit_us": ratelimit_us, "migration_delay_us": 0}
+
+    def set_sched_credit_pool(
+        self, poolid: int = 0, *, tslice_ms: int | None = None, ratelimit_us: int | None = None
+    ) -> None:
+        """Change them; None leaves one as it is. Raises HostError (libxl's words) out of range."""
+        runtime.set_sched_credit_pool(self.privcmd, poolid, tslice_ms, ratelimit_us)
 
 
 def _topology(cpus: int | None, topology: Topology | str | None) -> Topology:

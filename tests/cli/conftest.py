@@ -28,6 +28,7 @@ DOM0 = {
     "shutdown_reason": None,
     "ssid": None,
     "cpupool": "Pool-0",
+    "cpupool_id": 0,
     "type": "pv",
     "created": 1_700_000_000,
     "counters": {},
@@ -42,6 +43,9 @@ PV = DOM0 | {
     "state": "-b----",
 }
 PVH = PV | {"domid": 5, "name": "pvh", "uuid": "4f65319e-1fac-46d6-a8a1-6f5c9919f30c", "cpu_time_ns": 15_100_000_000}
+
+POOL_0 = {"poolid": 0, "name": "Pool-0", "sched": "credit", "cpus": [0, 1, 2, 5], "n_dom": 3}
+POOL_1 = {"poolid": 1, "name": "fast", "sched": "credit", "cpus": [3], "n_dom": 0}
 
 
 def vcpu(number: int, cpu: int | None, state: str, seconds: float, **affinity: list[int]) -> dict[str, Any]:

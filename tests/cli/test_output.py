@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.conftest import DOM0, PV, PVH, Xl, vcpu
+from tests.cli.conftest import DOM0, POOL_0, POOL_1, PV, PVH, Xl, vcpu
 from tests.cli.fake_host import Answer, FakeHost, Refusal
 
 
@@ -169,6 +169,7 @@ def test_dmesg_and_debug_keys(host: FakeHost, xl: Xl) -> None:
 
 def test_sched_credit(host: FakeHost, xl: Xl) -> None:
     host.routes["GET /sched-credit"] = {"tslice_ms": 30, "ratelimit_us": 1000, "migration_delay_us": 0}
+    host.routes["GET /cpupools"] = {"pools": [POOL_0], "free_cpus": []}
     for row in (DOM0, PV, PVH):
         host.routes[f"GET /domains/{row['domid']}/sched-credit"] = {"weight": 256, "cap": 0}
     host.routes["POST /domains/3/sched-credit"] = {"weight": 512, "cap": 50}
@@ -190,6 +191,69 @@ def test_sched_credit(host: FakeHost, xl: Xl) -> None:
     assert xl("sched-credit", "-s").out == "Cpupool Pool-0: [sched params unavailable]\n"
 
 
+def test_sched_credit_of_pools(host: FakeHost, xl: Xl) -> None:
+    host.routes["GET /cpupools"] = {"pools": [POOL_0, POOL_1], "free_cpus": []}
+    host.routes["GET /domains"] = [DOM0, PV, PVH | {"cpupool": "fast", "cpupool_id": 1}]
+    host.routes["GET /sched-credit"] = lambda query: {
+        "tslice_ms": 30 if query["?pool"] == "0" else 5, "ratelimit_us": 1000, "migration_delay_us": 0
+    }  # fmt: skip
+    for row in (DOM0, PV, PVH):
+        host.routes[f"GET /domains/{row['domid']}/sched-credit"] = {"weight": 256, "cap": 0}
+    heading = "Name                                ID Weight  Cap\n"
+    fast = (
+        "Cpupool fast: tslice=5ms ratelimit=1000us migration-delay=0us\n"
+        + heading
+        + "pvh                                  5    256    0\n"
+    )
+    assert xl("sched-credit").out == (
+        "Cpupool Pool-0: tslice=30ms ratelimit=1000us migration-delay=0us\n"
+        + heading
+        + "Domain-0                             0    256    0\npv                                   3    256    0\n"
+        + fast
+    )
+    assert xl("sched-credit", "-p", "fast").out == xl("sched-credit", "-p", "1").out == fast
+    assert xl("sched-credit", "-s", "-p", "fast").out == fast.splitlines()[0] + "\n"
+    run = xl("sched-credit", "-s", "-p", "nosuch")
+    assert (run.code, run.out, run.err) == (1, "", "unknown cpupool 'nosuch'\n")
+
+
+def test_sched_credit_sets_what_a_pool_runs_by(host: FakeHost, xl: Xl) -> None:
+    host.routes["GET /cpupools"] = {"pools": [POOL_0, POOL_1], "free_cpus": []}
+    host.routes["POST /sched-credit"] = {}
+    assert xl("sched-credit", "-s", "-t", "5", "-r200", "-p", "fast").code == 0
+    assert host.requests[-1] == ("POST /sched-credit", {"tslice_ms": 5, "ratelimit_us": 200, "pool": "1"})
+    host.routes["POST /sched-credit"] = Refusal("Time slice out of range, valid range is from 1 to 1000", status=409)
+    run = xl("sched-credit", "-s", "-t", "5000")
+    assert (run.code, run.err) == (
+        1,
+        "libxl_sched_credit_params_set failed.\nhint: Time slice out of range, valid range is from 1 to 1000\n",
+    )
+    for wrong in ("abc", "", "1e3", "99999999999999", "٣"):
+        run = xl("sched-credit", "-d", "pv", "-w", wrong)
+        assert run.code == 1
+        assert run.err.startswith("libxl_domain_sched_params_set failed.\nhint: weight is a whole number")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("sched-credit2",), "no cpupool is scheduled by credit2"),
+        (("sched-credit2", "-s", "-p", "x"), "no cpupool is scheduled by credit2"),
+        (("sched-credit2", "-d", "pv"), "libxl_domain_sched_params_get returned credit not credit2."),
+        (("sched-credit2", "-w", "5"), "Must specify a domain."),
+        (("sched-credit2", "-d", "pv", "-p", "x"), "Specifying a cpupool is not allowed with other options."),
+        (("sched-credit2", "-d", "nosuch"), "nosuch is an invalid domain identifier (rc=-6)"),
+        (("sched-rtds",), "no cpupool is scheduled by rtds"),
+        (("sched-rtds", "-d", "pv", "-v", "all"), "libxl_domain_sched_params_get returned credit not rtds."),
+        (("sched-rtds", "-p", "5"), "Missing parameters."),
+        (("sched-rtds", "-d", "pv", "-b", "5"), "Must specify VCPU."),
+    ],
+)
+def test_other_schedulers_are_an_error(host: FakeHost, xl: Xl, args: tuple[str, ...], message: str) -> None:
+    run = xl(*args)
+    assert (run.code, run.out, run.err.splitlines()[0]) == (1, "", message)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -200,6 +264,7 @@ def test_sched_credit(host: FakeHost, xl: Xl) -> None:
     ],
 )
 def test_sched_credit_misuse(host: FakeHost, xl: Xl, args: tuple[str, ...], message: str) -> None:
+    host.routes["GET /cpupools"] = {"pools": [POOL_0], "free_cpus": []}
     run = xl("sched-credit", *args)
     assert (run.code, run.err) == (1, message + "\n")
 

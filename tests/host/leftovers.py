@@ -41,6 +41,7 @@ def of_host(host: Host) -> dict[str, Any]:
         "domains": sorted(hypervisor.domains),
         "dom0 ports": dom0_ports(host),
         "store": store_tree(host),
+        "pools": {pool.poolid: (pool.cpus, pool.n_dom) for pool in hypervisor.cpupools.list()},
         "records": [record.domid for record in host.table],
         "reserved": set(host.table._reserved),
         "claims": dict(host.operations._claims),

@@ -202,12 +202,14 @@ class Guest:
 class Machine:
     """The host: 16 MiB, one scripted engine, time that stands still."""
 
-    def __init__(self, megabytes: int = 16, *, verbose: bool = False) -> None:
-        self.memory = Memory(megabytes << 20)
+    def __init__(
+        self, megabytes: int = 16, *, verbose: bool = False, topology: str = "nodes=1,sockets=1,cores=1,threads=1"
+    ) -> None:
+        shape = Topology.parse(topology)
+        self.memory = Memory(megabytes << 20, shape.nodes)
         self.clock = VirtualClock()
         self.cpu = ScriptedCpu(self.memory, self.clock)
-        topology = Topology.parse("nodes=1,sockets=1,cores=1,threads=1")
-        self.hv = Hypervisor(self.memory, self.clock, topology, [self.cpu], verbose=verbose)
+        self.hv = Hypervisor(self.memory, self.clock, shape, [self.cpu], verbose=verbose)
         self.privcmd = PrivCmd(self.hv)
         self.baseline = self.hv.allocator.free_frames
 
@@ -235,9 +237,9 @@ class Machine:
 
 
 @contextmanager
-def machine() -> Iterator[Machine]:
+def machine(topology: str = "nodes=1,sockets=1,cores=1,threads=1") -> Iterator[Machine]:
     """A host that is closed afterwards."""
-    host = Machine()
+    host = Machine(topology=topology)
     try:
         yield host
     finally:

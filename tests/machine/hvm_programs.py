@@ -98,8 +98,6 @@ NMI_SPIN = _hex("48ffc3ebfb")
 SYSCALL = _hex("f90f05bb550000000f01c1")
 # sysretq
 SYSRET = _hex("480f07")
-# mov ecx,1; div ecx; syscall; xor eax,eax; vmcall
-USER_TO_KERNEL = _hex("b901000000f7f10f0531c00f01c1")
 # (32-bit) mov ecx,esp; mov edx,0x1100; sysenter
 SYSENTER32 = _hex("89e1ba001100000f34")
 # (32-bit) sysexit
@@ -116,12 +114,6 @@ MMIO_LOOP = _hex("8b06894610ffc975f731c00f01c1")
 #   or eax,0x100; wrmsr; mov eax,cr0; or eax,0x80000000; mov cr0,eax; ljmp 0x38,0x1080
 LONG_MODE_SWITCH = _hex(
     "0f20e083c8200f22e0b8000004000f22d8b9800000c00f320d000100000f300f20c00d000000800f22c0ea801000003800")
-# 1: mov [rsi],rax; add rsi,0x1000; dec rcx; jnz 1b; xor eax,eax; vmcall
-STORES = _hex("4889064881c60010000048ffc975f131c00f01c1")
-# 1: mov qword ptr [rsi],1; dec rcx; jnz 1b; xor eax,eax; vmcall
-FAULT_LOOP = _hex("48c7060100000048ffc975f431c00f01c1")
-# 1: ud2; dec rcx; jnz 1b; xor eax,eax; vmcall
-UD_LOOP = _hex("0f0b48ffc975f931c00f01c1")
 # 1: push rax; pop rax; int3; add rbx,1; dec rcx; jnz 1b; xor eax,eax; vmcall
 PUSH_LOOP = _hex("5058cc4883c30148ffc975f431c00f01c1")
 # mov edi,0x20001; 1: inc ebx; mov [rdi],ebx; mov eax,0x5000; call rax; cmp eax,ebx; jne 9f; cmp ebx,1000; jne 1b;
@@ -155,7 +147,5 @@ XSETBV = _hex("31c90f01d1")
 RDPMC = _hex("31c90f33")
 # xor eax,eax; ltr ax; int 0x80
 LTR_NULL_INT = _hex("31c00f00d8cd80")
-# pushf; or dword ptr [rsp],0x100; popf; cpuid; nop; xor eax,eax; vmcall
-HLT_TWICE_TF = _hex("9c810c24000100009d0fa29031c00f01c1")
 # 1: inc rbx; mov rax,rbx; syscall; jmp 1b
 PV_SYSCALL_LOOP = _hex("48ffc34889d80f05ebf6")

@@ -25,6 +25,7 @@ from tests.machine.hvm_support import (
     P,
     U,
 )
+from tests.machine.support import Kicker
 
 pytestmark = pytest.mark.engine
 
@@ -89,6 +90,14 @@ def test_cpuid(nested: HvmMachine) -> None:
     nested.rec.on_cpuid = cpuid
     assert nested.run(programs.CPUID) is Exit.STOP
     assert nested.cpu.gpr[RSI] == 0x1234
+
+
+def test_time_stamps_and_caches_do_not_leave(nested: HvmMachine) -> None:
+    """RDTSC, RDTSCP (with TSC_AUX), INVLPG and WBINVD."""
+    cpu = nested.begin(programs.RDTSC)
+    cpu.set_msr(0xc0000103, 0x17)
+    assert nested.go() is Exit.STOP
+    assert nested.rec.kinds == ["hypercall"] and cpu.gpr[RSI] == 0x17 and cpu.gpr[RBX] < 1 << 31
 
 
 # --- MSRs ------------------------------------------------------------------------------------------------------------
@@ -322,8 +331,7 @@ def test_string_ports(nested: HvmMachine) -> None:
 
 @pytest.mark.parametrize("allowed", ["iopl", "bitmap", "no bitmap", "denied", "half"])
 def test_port_permission(nested: HvmMachine, allowed: str) -> None:
-    context_code = programs.IN_OUT
-    nested.write(CODE, context_code)
+    nested.write(CODE, programs.IN_OUT)
     context = nested.context(cpl=3)
     r = context.get_hvm()
     if allowed != "no bitmap":
@@ -528,6 +536,14 @@ def test_mmio(nested: HvmMachine) -> None:
     assert (0xffc, 4) in reads and (0x1000, 4) in reads          # across two pages
     assert nested.read(DATA, 12) == b"".join((0x8877665544332211 + 0x80 + 4 * n & 0xffffffff).to_bytes(4, "little")
                                              for n in range(3))
+
+
+def test_mmio_again_and_again(nested: HvmMachine) -> None:
+    cpu = nested.begin(programs.MMIO_LOOP)
+    cpu.gpr[RSI], cpu.gpr[RCX] = DEVICE, 3000
+    with Kicker(cpu, 200e-6):
+        assert nested.go() is Exit.STOP
+    assert nested.rec.kinds == ["mmio_read", "mmio_write"] * 3000 + ["hypercall"]
 
 
 def test_an_exception_in_a_callback_ends_the_run(nested: HvmMachine) -> None:

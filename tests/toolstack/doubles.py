@@ -30,6 +30,7 @@ class FakeDomain:
     shutdown_code: int = -1
     domid: int = 0
     kind: str = "pv"
+    memory_map: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def tot_pages(self) -> int:
@@ -90,6 +91,10 @@ class FakePrivCmd:
     def max_mem(self, domid: int, kb: int) -> None:
         self._call("max_mem")
         self._domain(domid)
+
+    def set_memory_map(self, domid: int, entries: Sequence[tuple[int, int, int]]) -> None:
+        self._call("set_memory_map")
+        self._domain(domid).memory_map = list(entries)
 
     def sched_credit_set(self, domid: int, *, weight: int, cap: int) -> None:
         self._call("sched_credit_set")

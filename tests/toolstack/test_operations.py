@@ -64,8 +64,9 @@ def config(folder: Path, name: str = "one", *lines: str) -> Any:
 
 
 def test_create_makes_a_domain_that_xenstore_describes_as_libxl_does(bench: Bench, tmp_path: Path) -> None:
-    record = asyncio.run(bench.operations.create(config(tmp_path, "one", 'cmdline = "console=hvc0"')))
+    record = asyncio.run(bench.operations.create(config(tmp_path, "one", 'cmdline = "console=hvc0"', "maxmem = 80")))
     assert (record.domid, record.phase) == (1, Phase.LIVE)
+    assert bench.privcmd.domains[1].memory_map == [(0, 80 << 20, 1)]  # what a balloon may grow to
     nodes = bench.store.nodes
     home = "/local/domain/1"
     assert nodes[f"{home}/name"] == (b"one", ("n0", "r1"))

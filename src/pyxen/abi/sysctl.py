@@ -23,6 +23,10 @@ class Sysctl(IntEnum):
     GETDOMAININFOLIST = 6
     DEBUG_KEYS = 7
     GETCPUINFO = 8
+    CPUTOPOINFO = 16
+    NUMAINFO = 17
+    CPUPOOL_OP = 18
+    SCHEDULER_OP = 19
 
 
 READCONSOLE: Final = struct.Struct("<BBxxIQI4x")
@@ -36,3 +40,36 @@ GETDOMAININFOLIST: Final = struct.Struct("<H2xIQI4x")
 """first_domain, max_domains, buffer (handle), num_domains."""
 DEBUG_KEYS: Final = struct.Struct("<QI4x")
 """keys (handle), nr_keys."""
+GETCPUINFO: Final = struct.Struct("<I4xQI4x")
+"""max_cpus, info (handle), nr_cpus."""
+CPUINFO: Final = struct.Struct("<Q")
+"""idletime (ns)."""
+CPUTOPOINFO: Final = struct.Struct("<I4xQ")
+"""num_cpus, cputopo (handle)."""
+CPUTOPO: Final = struct.Struct("<III")
+"""core, socket, node."""
+NUMAINFO: Final = struct.Struct("<I4xQQ")
+"""num_nodes, meminfo (handle), distance (handle of uint32 num_nodes × num_nodes)."""
+MEMINFO: Final = struct.Struct("<QQ")
+"""memsize, memfree (bytes)."""
+
+
+class CpupoolOp(IntEnum):
+    """``XEN_SYSCTL_CPUPOOL_OP_*``."""
+
+    CREATE = 1
+    DESTROY = 2
+    INFO = 3
+    ADDCPU = 4
+    RMCPU = 5
+    MOVEDOMAIN = 6
+    FREEINFO = 7
+
+
+CPUPOOL_OP: Final = struct.Struct("<IIIIIIQI4x")
+"""op, cpupool_id, sched_id, domid, cpu, n_dom, cpumap (struct xenctl_bitmap: handle, nr_bits)."""
+CPUPOOL_PAR_ANY: Final = 0xFFFFFFFF
+SCHEDULER_OP: Final = struct.Struct("<III4xII")
+"""cpupool_id, sched_id, cmd, then for credit: tslice_ms, ratelimit_us."""
+SCHEDOP_PUTINFO: Final = 0
+SCHEDOP_GETINFO: Final = 1

@@ -17,6 +17,7 @@ MAX_BODY_BYTES: Final = 4 << 20
 """A 1 MiB configuration may be up to four times as long once JSON has escaped it... and no longer."""
 MAX_CONFIG_CHARACTERS: Final = 1 << 20
 MAX_LIST_ITEMS: Final = 1024
+MAX_NUMBERS: Final = 8192
 
 
 class BadRequest(PyxenError):
@@ -103,6 +104,24 @@ class Fields:
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
             raise BadRequest(f"{name}: a whole number from {minimum} to {maximum} is expected")
         return value
+
+    def required_number(self, name: str, minimum: int, maximum: int) -> int:
+        value = self.number(name, minimum, maximum)
+        if value is None:
+            raise BadRequest(f"{name} is missing")
+        return value
+
+    def numbers(self, name: str, minimum: int, maximum: int) -> list[int]:
+        value = self._values.pop(name, None)
+        if value is None:
+            return []
+        if (
+            not isinstance(value, list)
+            or len(value) > MAX_NUMBERS
+            or not all(type(item) is int and minimum <= item <= maximum for item in value)
+        ):
+            raise BadRequest(f"{name}: a list of at most {MAX_NUMBERS} numbers from {minimum} to {maximum} is expected")
+        return list(value)
 
     def texts(self, name: str, maximum: int = 4096) -> list[str]:
         value = self._values.pop(name, None)

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from pyxen.api.placement import PlacementRoutes
 from pyxen.api.requests import (
     MAX_CONFIG_CHARACTERS,
     BadRequest,
@@ -29,6 +30,7 @@ from pyxen.api.requests import (
     read_fields,
 )
 from pyxen.errors import HostError, InternalError, PyxenError, XenError
+from pyxen.toolstack.cpupools import UnknownPool
 from pyxen.toolstack.domains import UnknownDomain
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ Action = Callable[["DomainHandle", Fields], Coroutine[Any, Any, object]]
 def error_response(error: Exception) -> JSONResponse:
     """The API's answer to ``error``: status, one line, hint, and the exit code of the command that asked."""
     match error:
-        case UnknownDomain():
+        case UnknownDomain() | UnknownPool():
             status = 404
         case BadRequest():
             status = error.status
@@ -63,7 +65,9 @@ def error_response(error: Exception) -> JSONResponse:
             line = " ".join(f"internal error in the host: {type(error).__name__}: {error}".split())[:300]
             return JSONResponse({"error": line, "hint": "the host's log has the traceback", "exit": 1}, 500)
     hint = error.hint if isinstance(error, PyxenError) else None
-    return JSONResponse({"error": " ".join(str(error).splitlines()), "hint": hint, "exit": 1}, status)
+    # What the client sent may be quoted in it, and JSON can carry what UTF-8 cannot.
+    line = " ".join(str(error).splitlines()).encode("utf-8", "replace").decode()
+    return JSONResponse({"error": line, "hint": hint, "exit": 1}, status)
 
 
 def _guarded(endpoint: Endpoint, before: Callable[[], None]) -> Endpoint:
@@ -125,6 +129,7 @@ class Routes:
         self.host = host
         self.last_request = asyncio.get_running_loop().time()
         """When the last request came, in the event loop's time."""
+        self.placement = PlacementRoutes(host)
         self.actions: dict[str, Action] = {
             "pause": self._pause,
             "unpause": self._unpause,
@@ -132,6 +137,7 @@ class Routes:
             "reboot": self._reboot,
             "crash": self._crash,
             "rename": self._rename,
+            **self.placement.actions(),
         }
 
     def application(self) -> Starlette:
@@ -142,7 +148,6 @@ class Routes:
             ("GET", "/uptime", self.uptime),
             ("GET", "/dmesg", self.dmesg),
             ("POST", "/debug-keys", self.debug_keys),
-            ("GET", "/sched-credit", self.sched_credit_pool),
             ("POST", "/host/stop", self.stop),
             ("GET", "/domains", self.list_domains),
             ("POST", "/domains", self.create_domain),
@@ -150,8 +155,7 @@ class Routes:
             ("DELETE", "/domains/{which}", self.destroy_domain),
             ("GET", "/domains/{which}/vcpus", self.list_vcpus),
             ("GET", "/domains/{which}/events", self.list_events),
-            ("GET", "/domains/{which}/sched-credit", self.sched_credit),
-            ("POST", "/domains/{which}/sched-credit", self.sched_credit),
+            *self.placement.table(),
             ("POST", "/domains/{which}/{action}", self.act_on_domain),
         ]
         routes = [
@@ -182,9 +186,6 @@ class Routes:
         fields.finish()
         self.host.debug_keys(keys)
         return JSONResponse({})
-
-    async def sched_credit_pool(self, _request: Request) -> Response:
-        return JSONResponse(self.host.sched_credit_pool())
 
     async def stop(self, request: Request) -> Response:
         (await read_fields(request)).finish()
@@ -278,13 +279,3 @@ class Routes:
         domid = self.host.domid_with_history(request.path_params["which"])
         events = await while_connected(request, self.host.wait_events(since, domid, timeout))
         return JSONResponse([event.to_json() for event in events])
-
-    async def sched_credit(self, request: Request) -> Response:
-        domid = self.host.domid_of(request.path_params["which"])
-        if request.method == "POST":
-            fields = await read_fields(request)
-            weight = fields.number("weight", 1, 65535)
-            cap = fields.number("cap", 0, 65535)
-            fields.finish()
-            self.host.set_sched_credit(domid, weight, cap)
-        return JSONResponse(self.host.sched_credit(domid))

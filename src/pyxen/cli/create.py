@@ -51,7 +51,7 @@ def create(args: list[str], context: Context) -> int:
             return 2
     if file is None:
         raise Failure("Config file not specified and none in save file", exit_code=_EXIT_INVALID)
-    text = _read_config(file)
+    text = read_config(file)
     if "q" not in given:
         print(f"Parsing config from {file}", file=sys.stderr)
     config = _parse(text, file, extra)
@@ -106,18 +106,18 @@ def _supported(given: dict[str, str]) -> bool:
     return True
 
 
-def _read_config(file: str) -> str:
-    """The text of ``file``; what is not UTF-8 survives as it is."""
+def read_config(file: str, exit_code: int = _EXIT_UNREADABLE) -> str:
+    """The text of ``file``; what is not UTF-8 survives as it is. Raises Failure with that exit code."""
     limit = MAX_TEXT_CHARS * 4  # of UTF-8
     try:
         with open(file, "rb") as stream:
             data = stream.read(limit + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise Failure(f"Failed to read config file: {file}: {reason}", exit_code=_EXIT_UNREADABLE) from None
+        raise Failure(f"Failed to read config file: {file}: {reason}", exit_code=exit_code) from None
     text = data.decode(errors="surrogateescape")
     if len(data) > limit or len(text) > MAX_TEXT_CHARS:
-        raise Failure(f"Failed to read config file: {file}: File too large", exit_code=_EXIT_UNREADABLE)
+        raise Failure(f"Failed to read config file: {file}: File too large", exit_code=exit_code)
     return text
 
 

@@ -31,7 +31,8 @@ _USAGE = """Usage: pyxen host start [options]    start this user's host in the b
 
 Options of start:
  -m, --memory SIZE       machine memory, like 2G (the default) or 512M
- -c, --cpus N            machine CPUs (default: as many as this computer has)
+ -c, --cpus N            machine CPUs (default: as many as this computer has); domains run in parallel
+                         on as many of them as this computer has (at least 4), the others are modelled
  -t, --topology SHAPE    nodes=1,sockets=1,cores=2,threads=1 or 1:1:2:1
  -M, --pv-mode MODE      exact (the default) or fast, for domains that do not say
  -F, --foreground        stay in the foreground, log to the terminal

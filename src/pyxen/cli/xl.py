@@ -26,18 +26,39 @@ COMMANDS = {
     "pause": ("lifecycle", "pause"),
     "unpause": ("lifecycle", "unpause"),
     "console": ("console", "console"),
+    "mem-max": ("memory", "mem_max"),
+    "mem-set": ("memory", "mem_set"),
     "vcpu-list": ("domains", "vcpu_list"),
+    "vcpu-pin": ("vcpus", "vcpu_pin"),
+    "vcpu-set": ("vcpus", "vcpu_set"),
     "vm-list": ("domains", "vm_list"),
     "info": ("hostinfo", "info"),
     "sched-credit": ("sched", "sched_credit"),
+    "sched-credit2": ("sched", "sched_credit2"),
+    "sched-rtds": ("sched", "sched_rtds"),
     "domid": ("domains", "domid"),
     "domname": ("domains", "domname"),
     "rename": ("lifecycle", "rename"),
+    "trigger": ("signals", "trigger"),
+    "sysrq": ("signals", "sysrq"),
     "debug-keys": ("hostinfo", "debug_keys"),
     "dmesg": ("hostinfo", "dmesg"),
+    "top": ("top", "top"),
     "uptime": ("domains", "uptime"),
+    "cpupool-create": ("cpupool", "cpupool_create"),
+    "cpupool-list": ("cpupool", "cpupool_list"),
+    "cpupool-destroy": ("cpupool", "cpupool_destroy"),
+    "cpupool-rename": ("cpupool", "cpupool_rename"),
+    "cpupool-cpu-add": ("cpupool", "cpupool_cpu_add"),
+    "cpupool-cpu-remove": ("cpupool", "cpupool_cpu_remove"),
+    "cpupool-migrate": ("cpupool", "cpupool_migrate"),
+    "cpupool-numa-split": ("cpupool", "cpupool_numa_split"),
 }
 """Command to the module below ``pyxen.cli`` and the function that do it, in the order of ``xl help``."""
+
+
+DRY_RUN = frozenset(["create", "vcpu-pin", "cpupool-create"])
+"""Commands that know the global option -N."""
 
 
 class Context:
@@ -86,7 +107,7 @@ def _run(args: list[str]) -> int:
             print(f"xl: '{found}' is not supported by this version of pyxen", file=sys.stderr)
             return 1
         name = found
-    if context.dry_run and name != "create":
+    if context.dry_run and name not in DRY_RUN:
         print("command does not implement -N (dryrun) option", file=sys.stderr)
         return 1
     try:

@@ -15,6 +15,7 @@ from pyxen.abi import domctl as abi
 from pyxen.abi.arch_x86 import GUEST_CONTEXT_SIZE, Vgcf
 from pyxen.abi.domctl import Domctl, DomInf
 from pyxen.errors import XenError
+from pyxen.hypervisor.bitmap import from_xenctl_bitmap, to_xenctl_bitmap
 from pyxen.hypervisor.domain import Domain, Dying
 from pyxen.hypervisor.event_channel import MAX_EVTCHN_PORT
 from pyxen.hypervisor.hypercall import Preempted
@@ -92,6 +93,79 @@ def get_vcpu_context(domain: Domain, vcpu_id: int) -> bytes:
         return vcpu.arch.get_guest_context()
     finally:
         scheduler.vcpu_unpause(vcpu)
+
+
+def set_vcpu_affinity(
+    domain: Domain, vcpu_id: int, *, hard: frozenset[int] | None = None, soft: frozenset[int] | None = None
+) -> tuple[frozenset[int], frozenset[int]]:
+    """XEN_DOMCTL_setvcpuaffinity: where a vCPU may run and where it had better run; None leaves one as it is.
+
+    Returns what comes of it: the hard affinity within the domain's pool, and the soft one within that. EINVAL when
+    no pCPU of the pool is left, or when there is no such vCPU; nothing has changed then.
+    """
+    vcpu = _vcpu(domain, vcpu_id)
+    hypervisor = domain.hypervisor
+    everywhere = frozenset(range(hypervisor.topology.nr_cpus))
+    online = hypervisor.cpupools.get(domain.cpupool).cpus
+    wanted_hard = vcpu.hard_affinity if hard is None else hard & everywhere
+    wanted_soft = vcpu.soft_affinity if soft is None else soft & everywhere
+    if hard is not None and not hard & online:
+        raise XenError(errno.EINVAL)
+    # All of them is no affinity at all, also for pCPUs of other pools that the domain may come to.
+    hypervisor.scheduler.vcpu_set_affinity(
+        vcpu,
+        None if wanted_hard == everywhere else wanted_hard,
+        None if wanted_soft == everywhere else wanted_soft,
+    )
+    effective = online if wanted_hard is None else online & wanted_hard
+    return effective, effective if wanted_soft is None else effective & wanted_soft
+
+
+def get_vcpu_affinity(domain: Domain, vcpu_id: int) -> tuple[frozenset[int], frozenset[int]]:
+    """XEN_DOMCTL_getvcpuaffinity: hard and soft, as they were set."""
+    vcpu = _vcpu(domain, vcpu_id)
+    everywhere = frozenset(range(domain.hypervisor.topology.nr_cpus))
+    hard, soft = vcpu.hard_affinity, vcpu.soft_affinity
+    return everywhere if hard is None else hard, everywhere if soft is None else soft
+
+
+def _vcpu_affinity(caller: Caller, request: bytes, command: int, domain: Domain) -> None:
+    limit = domain.hypervisor.topology.nr_cpus
+    vcpu_id, flags, *maps = abi.VCPUAFFINITY.unpack_from(request, abi.UNION)
+    wants_hard, wants_soft = bool(flags & abi.VCPUAFFINITY_HARD), bool(flags & abi.VCPUAFFINITY_SOFT)
+    hard_map, soft_map = (maps[0], maps[1]), (maps[2], maps[3])
+    _vcpu(domain, vcpu_id)
+    if not flags or (wants_hard and not hard_map[0]) or (wants_soft and not soft_map[0]):
+        raise XenError(errno.EINVAL)  # vcpuaffinity_params_invalid
+    if command == Domctl.GETVCPUAFFINITY:
+        hard, soft = get_vcpu_affinity(domain, vcpu_id)
+    else:
+        hard, soft = set_vcpu_affinity(
+            domain,
+            vcpu_id,
+            hard=from_xenctl_bitmap(caller, *hard_map, limit) if wants_hard else None,
+            soft=from_xenctl_bitmap(caller, *soft_map, limit) if wants_soft else None,
+        )
+    if wants_hard:
+        to_xenctl_bitmap(caller, *hard_map, hard, limit)
+    if wants_soft:
+        to_xenctl_bitmap(caller, *soft_map, soft, limit)
+
+
+def send_trigger(domain: Domain, trigger: int, vcpu_id: int) -> None:
+    """XEN_DOMCTL_sendtrigger. ESRCH without such a vCPU; the buttons need an HVM guest's power management, which
+    PV and PVH guests have not (EINVAL); reset and init are ENOSYS, in Xen too."""
+    if not 0 <= vcpu_id < len(domain.vcpus):
+        raise XenError(errno.ESRCH)
+    if trigger == abi.SENDTRIGGER_NMI:
+        vcpu = domain.vcpus[vcpu_id]
+        if not vcpu.nmi_pending:
+            vcpu.nmi_pending = True
+            domain.hypervisor.scheduler.vcpu_kick(vcpu)
+    elif trigger in (abi.SENDTRIGGER_POWER, abi.SENDTRIGGER_SLEEP):
+        raise XenError(errno.EINVAL)
+    else:
+        raise XenError(errno.ENOSYS)
 
 
 def set_max_mem(domain: Domain, kb: int) -> None:
@@ -195,6 +269,10 @@ def _on_domain(caller: Caller, arg: int, request: bytes, command: int, domain: D
         caller.write(union, abi.GETVCPUINFO.pack(
             vcpu.vcpu_id, not flags & PauseFlag.DOWN, bool(flags & PauseFlag.BLOCKED), vcpu.is_running,
             domain.hypervisor.scheduler.vcpu_cpu_time(vcpu), vcpu.processor))
+    elif command in (Domctl.SETVCPUAFFINITY, Domctl.GETVCPUAFFINITY):
+        _vcpu_affinity(caller, request, command, domain)
+    elif command == Domctl.SENDTRIGGER:
+        send_trigger(domain, *abi.SENDTRIGGER.unpack_from(request, abi.UNION))
     elif command == Domctl.SETDOMAINHANDLE:
         domain.handle = request[abi.UNION : abi.UNION + 16]
     elif command == Domctl.RESUMEDOMAIN:

@@ -81,6 +81,8 @@ class Pcpu:
         self._running = False
         """Inside Cpu.run(). Of this thread only: true in trap handlers."""
         self._resched = False
+        self._pause_exits = False
+        """Whether PAUSE leaves the loaded context."""
         self._current: Vcpu | None = None
         self.code = CodePages(cpu)
         self.clock.subscribe(self.kick)
@@ -302,6 +304,12 @@ class Pcpu:
             switched = cpu.loaded is not context
             if switched:
                 cpu.load(context)
+                self._pause_exits = False
+            siblings = self.scheduler.ops.has_siblings(vcpu)
+            if siblings is not self._pause_exits:
+                # A vCPU that spins may wait for another one, which waits for this engine.
+                self._pause_exits = siblings
+                cpu.set_pause_exits(siblings)
             vcpu.arch.before_entry(cpu)
             if switched:
                 self.scheduler.slice_begins(self.index)
@@ -311,8 +319,8 @@ class Pcpu:
             if self.max_run_ns is not None:
                 forced = self.clock.now_ns() + self.max_run_ns
                 deadline = forced if deadline is None else min(deadline, forced)
-            if deadline is not None and deadline <= (now := self.clock.now_ns()):
-                # A slice that was over before the switch to it was: on a busy host that could be so for ever.
+            if deadline is not None and deadline < (now := self.clock.now_ns()) + _LEAST_RUN_NS:
+                # A slice may be over before the switch to it is: on a busy host that could be so for ever.
                 deadline = now + _LEAST_RUN_NS
             self.entries += 1
             self._running = True

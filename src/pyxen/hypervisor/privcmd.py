@@ -30,6 +30,7 @@ from pyxen.hypervisor.grant_map import BackendMapping, map_for_backend
 from pyxen.hypervisor.hypercall import Preempted, call
 from pyxen.hypervisor.hypercall_table import build_table
 from pyxen.hypervisor.privcmd_hvm import HvmControl, populate
+from pyxen.hypervisor.privcmd_sched import CpuTopology, NodeInfo, PoolInfo, SchedulerCalls
 from pyxen.hypervisor.sysctl import hardware_caps
 from pyxen.hypervisor.vcpu import PauseFlag, Vcpu
 from pyxen.machine.cpu.base import HvmRegisters, Segment
@@ -188,12 +189,11 @@ def _counters(domain: Domain) -> dict[str, int]:
     return counts
 
 
-class PrivCmd(HvmControl):
+class PrivCmd(HvmControl, SchedulerCalls):
     """See the module's text."""
 
     def __init__(self, hypervisor: Hypervisor) -> None:
-        self._hypervisor = hypervisor
-        self._dom0 = hypervisor.dom0
+        super().__init__(hypervisor)
         self._table = build_table(guest=False)
 
     # --- raw -------------------------------------------------------------------------------------------
@@ -234,13 +234,6 @@ class PrivCmd(HvmControl):
             yield result
 
     # --- domains -----------------------------------------------------------------------------------------
-
-    def _target(self, domid: int, command: int) -> Domain:
-        domain = lifecycle.find(self._hypervisor, domid)
-        self._hypervisor.xsm.domctl(self._dom0, domain, command)
-        if domain.is_privileged:
-            raise XenError(errno.EINVAL)  # we are it: there is no guest that could be paused or set up
-        return domain
 
     def domain_create(self, handle: bytes, *, max_vcpus: int = 1, kind: lifecycle.Kind = "pv",
                       pv_mode: PvMode = "exact") -> DomId:
@@ -444,11 +437,6 @@ class PrivCmd(HvmControl):
         """(weight, cap)."""
         return self._hypervisor.scheduler.ops.parameters(self._target(domid, Domctl.SCHEDULER_OP))
 
-    def sched_credit_parameters(self) -> tuple[int, int]:
-        """(timeslice in ms, rate limit in us)."""
-        found = self._hypervisor.scheduler.ops.global_parameters()
-        return found["tslice_ms"], found["ratelimit_us"]
-
     # --- host ------------------------------------------------------------------------------------------------
 
     def physinfo(self) -> PhysInfo:
@@ -484,6 +472,6 @@ class PrivCmd(HvmControl):
 
 
 __all__ = [
-    "Dom0Caller", "DomainInfo", "Gfn", "HvmRegisters", "LocalPort", "Mapping", "PhysInfo", "PrivCmd", "Segment",
-    "VcpuInfo",
+    "CpuTopology", "Dom0Caller", "DomainInfo", "Gfn", "HvmRegisters", "LocalPort", "Mapping", "NodeInfo", "PhysInfo",
+    "PoolInfo", "PrivCmd", "Segment", "VcpuInfo",
 ]

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 from pyxen.abi.domctl import Domctl
 from pyxen.errors import XenError
 from pyxen.hypervisor import foreign_map, lifecycle
+from pyxen.hypervisor.privcmd_base import Control
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
-    from pyxen.hypervisor.hypervisor import Hypervisor
     from pyxen.hypervisor.log_dirty import DirtyStats
     from pyxen.machine.cpu.base import HvmRegisters
 
@@ -25,14 +25,8 @@ _2M_ORDER: Final = 9
 _2M: Final = 1 << _2M_ORDER
 
 
-class HvmControl:
+class HvmControl(Control):
     """Typed calls; a base of PrivCmd."""
-
-    _hypervisor: Hypervisor
-    _dom0: Domain
-
-    def _target(self, domid: int, command: int) -> Domain:
-        raise NotImplementedError
 
     def _translated(self, domid: int, command: int) -> Domain:
         domain = self._target(domid, command)

@@ -363,6 +363,14 @@ class Schedule(Homes):
         self._trace(TRC_SCHED_YIELD, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         data.pcpu.request_resched()
 
+    def vcpu_pause_instruction(self, vcpu: Vcpu) -> None:
+        """``vcpu`` executes PAUSE: its domain's other vCPUs go first, if any waits here (Xen: pause-loop exits).
+
+        On the pCPU's thread, for the vCPU it executes.
+        """
+        if self.ops.has_siblings(vcpu):
+            self.vcpu_yield(vcpu)
+
     def vcpu_yield_to(self, vcpu: Vcpu, target: Vcpu) -> None:
         """``vcpu`` has sent ``target``, another vCPU of its domain, an interrupt that it may be waiting for: if that
         waits for the same pCPU, let it have it. On the pCPU's thread, for the vCPU it executes."""

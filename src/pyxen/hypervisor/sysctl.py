@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pyxen.abi import sysctl as abi
 from pyxen.abi.domctl import SCHEDULER_CREDIT
 from pyxen.abi.sysctl import Sysctl
 from pyxen.errors import XenError
-from pyxen.hypervisor import keyhandler
+from pyxen.hypervisor import cpupool_op, keyhandler
 from pyxen.hypervisor.domctl import getdomaininfo
 from pyxen.hypervisor.x86.cpuid import CpuidPolicy
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.hypervisor import Hypervisor
 
 _MAX_KEYS: Final = 256
+_DECODED: Final[dict[int, Callable[[Caller, int, bytes], None]]] = {
+    Sysctl.GETCPUINFO: cpupool_op.getcpuinfo,
+    Sysctl.CPUTOPOINFO: cpupool_op.cputopoinfo,
+    Sysctl.NUMAINFO: cpupool_op.numainfo,
+    Sysctl.CPUPOOL_OP: cpupool_op.cpupool_op,
+    Sysctl.SCHEDULER_OP: cpupool_op.scheduler_op,
+}
+"""Commands whose structure another module decodes: (caller, address of the union, the whole request)."""
 
 
 def hardware_caps() -> tuple[int, ...]:
@@ -48,7 +57,10 @@ def do_sysctl(caller: Caller, arg: int) -> int:
     hypervisor = caller.domain.hypervisor
     hypervisor.xsm.sysctl(caller.domain, command)
     union = arg + abi.UNION
-    if command == Sysctl.PHYSINFO:
+    decoded = _DECODED.get(command)
+    if decoded is not None:
+        decoded(caller, union, request)
+    elif command == Sysctl.PHYSINFO:
         caller.write(union, _physinfo(hypervisor))
     elif command == Sysctl.SCHED_ID:
         caller.write(union, abi.SCHED_ID.pack(SCHEDULER_CREDIT))

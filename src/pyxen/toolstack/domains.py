@@ -55,6 +55,8 @@ class DomainRecord:
     cwd: str | None = None
     """Where relative paths of the configuration start."""
     pv_mode: str | None = None
+    target_kb: int | None = None
+    """``memory/target`` as ``xl mem-set`` left it; None while it is the configuration's."""
     phase: Phase = Phase.BUILDING
     console: ConsoleService | None = None
     warnings: list[str] = field(default_factory=list)

@@ -9,43 +9,21 @@ import os
 import platform
 import resource
 import uuid as _uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pyxen.abi.xen import xen_capabilities
 from pyxen.toolstack.config import Running, domain_0_json, to_json
 from pyxen.toolstack.domains import DOM0_NAME, DomainRecord, DomainTable
+from pyxen.toolstack.runtime import MAXMEM_SLACK_KB, host_cpus, target_kb
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.privcmd import DomainInfo, PhysInfo, PrivCmd
 
-POOL_NAME: Final = "Pool-0"
 XEN_MAJOR: Final = 4
 XEN_MINOR: Final = 6
 XEN_EXTRA: Final = ".0-pyxen"
-NEAR: Final = 10
-FAR: Final = 20
-"""ACPI SLIT distances of a node to itself and to any other."""
-
-
-@dataclass(frozen=True, slots=True)
-class CpuPlace:
-    """Where a pCPU sits (machine-wide numbers, as XEN_SYSCTL_cputopoinfo has them)."""
-
-    cpu: int
-    core: int
-    socket: int
-    node: int
-
-
-@dataclass(frozen=True, slots=True)
-class NodeMemory:
-    """A NUMA node's memory, in KiB."""
-
-    node: int
-    total_kb: int
-    free_kb: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +36,6 @@ class Machine:
     """Name and version of what executes guests (``Unicorn 2.1.4``)."""
     command_line: str
     """The host's options, as a hypervisor would have them on its command line."""
-    cpus: Sequence[CpuPlace]
-    nodes: Sequence[NodeMemory]
 
 
 def host_info(privcmd: PrivCmd, machine: Machine, *, numa: bool = False) -> dict[str, object]:
@@ -71,20 +47,21 @@ def host_info(privcmd: PrivCmd, machine: Machine, *, numa: bool = False) -> dict
         "release": f"{machine.version}-pyxen",
         "version": f"#1 SMP pyxen {machine.version} ({_python()}, {machine.engine})",
         "machine": "x86_64",
-        **_physical_info(physical),
+        **_physical_info(physical, len(privcmd.cpupool_free_cpus())),
     }
     if numa:
         info["cpu_topology"] = [
-            {"cpu": place.cpu, "core": place.core, "socket": place.socket, "node": place.node} for place in machine.cpus
+            {"cpu": place.cpu, "core": place.core, "socket": place.socket, "node": place.node}
+            for place in privcmd.cpu_topology()
         ]
         info["numa_info"] = [
             {
                 "node": node.node,
                 "memsize_mb": node.total_kb // 1024,
                 "memfree_mb": node.free_kb // 1024,
-                "distances": [NEAR if other.node == node.node else FAR for other in machine.nodes],
+                "distances": list(node.distances),
             }
-            for node in machine.nodes
+            for node in privcmd.numa_info()
         ]
     info.update(
         {
@@ -112,7 +89,7 @@ def _python() -> str:
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
-def _physical_info(physical: PhysInfo) -> dict[str, str]:
+def _physical_info(physical: PhysInfo, free_cpus: int) -> dict[str, str]:
     return {
         "nr_cpus": str(physical.nr_cpus),
         "max_cpu_id": str(physical.nr_cpus - 1),
@@ -127,19 +104,23 @@ def _physical_info(physical: PhysInfo) -> dict[str, str]:
         "sharing_freed_memory": "0",
         "sharing_used_memory": "0",
         "outstanding_claims": "0",
-        "free_cpus": "0",
+        "free_cpus": str(free_cpus),
     }
 
 
 # --- domains ---------------------------------------------------------------------------------------
 
 
-def domain_rows(privcmd: PrivCmd, table: DomainTable, started_unix: float) -> list[dict[str, object]]:
-    """A row per domain, domain 0 first."""
-    return [domain_row(info, table.get(info.domid), started_unix) for info in privcmd.domain_list()]
+def domain_rows(
+    privcmd: PrivCmd, table: DomainTable, started_unix: float, pools: Mapping[int, str]
+) -> list[dict[str, object]]:
+    """A row per domain, domain 0 first; ``pools`` are the cpupools' names."""
+    return [domain_row(info, table.get(info.domid), started_unix, pools) for info in privcmd.domain_list()]
 
 
-def domain_row(info: DomainInfo, record: DomainRecord | None, started_unix: float) -> dict[str, object]:
+def domain_row(
+    info: DomainInfo, record: DomainRecord | None, started_unix: float, pools: Mapping[int, str]
+) -> dict[str, object]:
     """One domain as the API shows it. Memory in KiB, times in ns, ``created`` in Unix seconds."""
     is_dom0 = info.domid == 0
     return {
@@ -157,7 +138,8 @@ def domain_row(info: DomainInfo, record: DomainRecord | None, started_unix: floa
         "shutdown_reason": None if not info.shutdown else shutdown_reason(info.shutdown_code),
         "crash_reason": info.crash_reason or None,
         "ssid": None,
-        "cpupool": POOL_NAME,
+        "cpupool": pools.get(info.cpupool, f"(cpupool {info.cpupool})"),
+        "cpupool_id": info.cpupool,
         "type": "pv" if record is None else record.config.type,
         "pv_mode": info.pv_mode or None,
         "created": started_unix if record is None else record.created_unix,
@@ -191,9 +173,8 @@ def domain_config(privcmd: PrivCmd, info: DomainInfo, record: DomainRecord | Non
     if record is None:
         return dict(domain_0_json(info.tot_pages * 4, info.tot_pages * 4))
     weight, cap = privcmd.sched_credit_get(info.domid)
-    memory_kb = record.config.memory_mb * 1024
-    running = Running(memory_kb, record.config.maxmem_mb * 1024, weight, cap)
-    document = dict(to_json(record.config, running=running))
+    running = Running(target_kb(record), info.max_pages * 4 - MAXMEM_SLACK_KB, weight, cap)
+    document = dict(to_json(record.config, running=running, host=host_cpus(privcmd)))
     c_info = document["c_info"]
     assert isinstance(c_info, dict)
     c_info["name"], c_info["uuid"] = record.name, str(record.uuid)  # renamed or preserved since

@@ -30,13 +30,13 @@ from pyxen.toolstack.build.kernel import KernelImage, PvhImage, load_kernel, loa
 from pyxen.toolstack.config import DomainConfig, check_creatable, resolve
 from pyxen.toolstack.config.domain import PvMode
 from pyxen.toolstack.domains import DomainRecord, DomainTable, EventLog, Phase
+from pyxen.toolstack.runtime import MAXMEM_SLACK_KB
 from pyxen.toolstack.services import Services, in_thread, to_the_end
 
 log = logging.getLogger("pyxen.toolstack")
 
 MAX_KERNEL_BYTES: Final = 1 << 30
-MAXMEM_SLACK_KB: Final = 1024
-"""LIBXL_MAXMEM_CONSTANT: what libxl allows a domain beyond its ``maxmem`` (rings and tables its drivers share)."""
+E820_RAM: Final = 1
 
 
 class Operations:
@@ -179,6 +179,8 @@ class Operations:
         await store_entries.publish(services.store, store_entries.domain_nodes(record))
         record.check_abort()
         privcmd.max_mem(domid, config.maxmem_mb * 1024 + MAXMEM_SLACK_KB)
+        if config.type == "pv":  # xc_domain_set_memmap_limit: without it a balloon cannot grow past the start
+            privcmd.set_memory_map(domid, [(0, config.maxmem_mb << 20, E820_RAM)])
         privcmd.sched_credit_set(domid, weight=config.cpu_weight, cap=config.cap)
         store_port = privcmd.evtchn_alloc_unbound(domid, 0)
         console_port = privcmd.evtchn_alloc_unbound(domid, 0)

@@ -142,7 +142,7 @@ def build_nodes(record: DomainRecord, built: BuiltDomain) -> list[Node]:
     }
     for vcpu in range(built.vcpus):
         shared[f"{home}/cpu/{vcpu}"] = ""
-        shared[f"{home}/cpu/{vcpu}/availability"] = "online" if vcpu < built.online_vcpus else "offline"
+        shared[f"{home}/cpu/{vcpu}/availability"] = _availability(vcpu, built.online_vcpus)
     console = {
         "": "",
         "/backend": backend,
@@ -178,6 +178,28 @@ def build_nodes(record: DomainRecord, built: BuiltDomain) -> list[Node]:
     nodes.append(Node(backend, "", read_only))
     nodes += [Node(f"{backend}{name}", value, read_only) for name, value in device.items()]
     return nodes
+
+
+def _availability(vcpu: int, online: int) -> str:
+    return "online" if vcpu < online else "offline"
+
+
+def vcpu_nodes(record: DomainRecord, online: int) -> list[Node]:
+    """The first ``online`` vCPUs are to be up, the others down (``libxl__set_vcpuonline_xenstore``)."""
+    home, read_only = record.store_path, dom0_and_reader(record.domid)
+    return [
+        Node(f"{home}/cpu/{vcpu}/availability", _availability(vcpu, online), read_only)
+        for vcpu in range(record.config.max_vcpus)
+    ]
+
+
+def target_nodes(record: DomainRecord, target_kb: int) -> list[Node]:
+    """What the balloon driver is to aim at (``libxl_set_memory_target``)."""
+    read_only = dom0_and_reader(record.domid)
+    return [
+        Node(f"{record.store_path}/memory/target", str(target_kb), read_only),
+        Node(f"{record.vm_path}/memory", str(target_kb // 1024), read_only),
+    ]
 
 
 def console_backend_path(domid: DomId) -> str:

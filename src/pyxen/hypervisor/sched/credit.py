@@ -367,10 +367,8 @@ class CreditScheduler:
         directed, runq.directed = runq.directed, None
         if take_other or mine < OVER:
             chosen = other
-        elif scurr is None or (sibling is not None and (
-            yielded or ran >= ROTATE_NS or sibling.priority > scurr.priority or sibling is directed
-        )):
-            chosen = sibling
+        elif scurr is None or (sibling is not None and (yielded or ran >= ROTATE_NS or sibling is directed)):
+            chosen = sibling  # one that just woke waits for the rotation: two more switches would cost more than that
         else:
             chosen = scurr
         if scurr is not None and chosen is not scurr:

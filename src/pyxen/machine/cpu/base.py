@@ -373,6 +373,10 @@ class Cpu(Protocol):
         until the engine is in a hook or outside :meth:`run`."""
         ...
 
+    def set_pause_exits(self, on: bool) -> None:
+        """Call :meth:`HvmTraps.pause` at each PAUSE of the loaded context, PV ones too. Turned off by a load."""
+        ...
+
     def next_code(self, first: int, end: int) -> int:
         """The first frame in [first, end) that this CPU holds translated code of; -1 if there is none."""
         ...
@@ -440,8 +444,4 @@ class HvmCpu(Cpu, Protocol):
 
     def inject_interrupt(self, vector: int) -> None:
         """In :meth:`HvmTraps.interrupt_window` only: the guest takes this interrupt before its next instruction."""
-        ...
-
-    def set_pause_exits(self, on: bool) -> None:
-        """Call :meth:`HvmTraps.pause` at each PAUSE of the loaded context, PV ones too. Turned off by a load."""
         ...

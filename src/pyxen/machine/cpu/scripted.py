@@ -340,6 +340,9 @@ class ScriptedCpu(ScriptedHvm):
         """Recorded."""
         self.journal.append(("invalidate", maddr, size))
 
+    def set_pause_exits(self, on: bool) -> None:
+        """Scripts do not pause."""
+
     def next_code(self, first: int, end: int) -> int:
         """Scripts are not code in memory."""
         return -1

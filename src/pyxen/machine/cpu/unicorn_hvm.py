@@ -46,7 +46,7 @@ EXIT_WRITE_CR0, EXIT_VINTR, EXIT_PAUSE, EXIT_HLT, EXIT_MSR = 0x10, 0x64, 0x77, 0
 EXIT_SHUTDOWN, EXIT_VMMCALL, EXIT_NPF = 0x7f, 0x81, 0x400
 
 _NESTING = sum(1 << vector for vector in (0, 8, 10, 11, 12, 13, 14))   # a fault while these are delivered is another
-_GP, _UD = 13, 6
+_DB, _GP, _UD = 1, 13, 6
 _IF, _RF, _VM = 1 << 9, 1 << 16, 1 << 17
 _ES, _CS, _SS, _DS = (ui.SEGS + ui.SEG_SIZE * n for n in range(4))
 _LONG_CODE, _FLAT_CODE, _FLAT_DATA = 0x00a09b00, 0x00c09b00, 0x00c09300
@@ -135,7 +135,10 @@ def _on_interrupt(lib: ui.Library, code: Code) -> None:
 
 
 def _on_invalid(lib: ui.Library, code: Code) -> None:
-    """UC_HOOK_INSN_INVALID(uc, block): #UD, unless it is VMCALL or VMMCALL, perhaps with REX prefixes; or INT 6."""
+    """UC_HOOK_INSN_INVALID(uc, block): #UD or INT 6.
+
+    VMCALL and VMMCALL, perhaps with REX prefixes, are hypercalls. INT1, which QEMU does not know, is #DB behind it.
+    """
     code.raw("488b87 d 4c8d80 d", lib.uc_cpu, lib.cpu_env)  # mov rax,[rdi+lib.uc_cpu]; lea r8,[rax+lib.cpu_env]
     code.raw("41f680 d b", ui.HFLAGS2, ui.HF2_NPT)                  # test [r8+HFLAGS2],HF2_NPT
     code.far(JNE, "hvm")
@@ -158,6 +161,8 @@ def _on_invalid(lib: ui.Library, code: Code) -> None:
     code.raw("48b8 q ffd0", lib.address("cpu_ldub_code_x86_64"))
     code.raw("49ffc6 4188c4 3c0f")                                   # inc r14; mov r12b,al; cmp al,0x0f
     code.far(JE, "opcode")
+    code.raw("3cf1")                                                 # cmp al,0xf1
+    code.far(JE, "icebp")
     code.raw("4181ec00010000 4181fc00010000")                        # sub r12d,0x100; cmp r12d,0x100
     code.far(JB, "deliver")
     code.raw("f683 d b", ui.HFLAGS + 1, ui.HF_CS64 >> 8)            # test [rbx+HFLAGS + 1],HF_CS64 >> 8
@@ -169,6 +174,10 @@ def _on_invalid(lib: ui.Library, code: Code) -> None:
     code.raw("48b8 q ffd0", lib.address("x86_cpu_do_interrupt_x86_64"))
     code.raw("c783 d d", ui.EXCEPTION_IS_INT, 0)                    # mov [rbx+EXCEPTION_IS_INT],0
     code.far(JMP, "out")
+    code.label("icebp")
+    code.raw("4c2bb3 d 4c89b3 d", _CS + 8, ui.EIP)                   # sub r14,[rbx+_CS + 8]; mov [rbx+EIP],r14
+    code.raw("41c785 d d", ui.CPU_EXCEPTION_INDEX, _DB)              # mov [r13+CPU_EXCEPTION_INDEX],_DB
+    code.far(JMP, "deliver")
     code.label("opcode")
     code.raw("4889df 4c89f6")                                        # mov rdi,rbx; mov rsi,r14
     code.raw("48b8 q ffd0", lib.address("cpu_ldub_code_x86_64"))

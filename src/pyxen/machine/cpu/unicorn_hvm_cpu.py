@@ -351,7 +351,8 @@ class HvmPart:
         """The guest takes this exception at the address that the handler returns.
 
         When another event is still to be delivered (a nested fault interrupted it), the two become what hardware makes
-        of them (Intel SDM volume 3, table 6-5): the newer one, a double fault, or a triple fault.
+        of them (Intel SDM volume 3, table 6-5): the newer one, a double fault, or a triple fault. An interrupt that
+        waited is lost then, as in Xen; an NMI comes after.
         """
         self._hvm()
         if not 0 <= vector < 32:

@@ -221,6 +221,15 @@ class PvTraps:
             raise GuestFault(f"double fault at rip {rip:#x}")
         return pv.inject(vector, error if vector in _ERROR_VECTORS and not software else None, rip)
 
+    def pause(self, next_rip: int) -> int:
+        """PAUSE while other vCPUs of the domain wait for this engine: it spins, perhaps for what one of them has."""
+        pv = self.pv
+        try:
+            pv.hypervisor.scheduler.vcpu_pause_instruction(pv.vcpu)
+        except Exception as error:
+            self._crash("PAUSE", error, next_rip)
+        return next_rip
+
     # --- CPUID -------------------------------------------------------------------------------------
 
     def cpuid(self, rip: int) -> int:
