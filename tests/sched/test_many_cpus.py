@@ -303,10 +303,10 @@ def test_thousands_of_vcpus_none_starves() -> None:
     rng = random.Random(7)
     domains = [machine.domain(vcpus=rng.choice((1, 2, 4, 8, 32)), weight=256) for _ in range(250)]
     assert sum(len(domain.vcpus) for domain in domains) > 2000
-    machine.run_for(5 * S)
+    machine.run_for(5 * S // 2)
     starved = [vcpu for domain in domains for vcpu in domain.vcpus if not machine.scheduler.vcpu_cpu_time(vcpu)]
     assert not starved
-    assert sum(map(cpu_time, domains)) > 0.99 * 4 * 5 * S
+    assert sum(map(cpu_time, domains)) > 0.99 * 4 * 5 * S // 2
 
 
 @pytest.mark.parametrize("seed", range(6))
