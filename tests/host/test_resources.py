@@ -313,6 +313,36 @@ def test_placement_of_a_new_domain(tmp_path: Path) -> None:
     run(main)
 
 
+def test_created_where_its_configuration_says(tmp_path: Path) -> None:
+    kernel = write_kernel(tmp_path / "k", then="block")
+
+    async def main(host: Host) -> None:
+        await host.cpupools.remove_cpus(0, [2, 3])
+        await host.cpupools.create("fast", cpus=[2, 3])
+        lines = ["vcpus = 2", 'pool = "fast"', 'cpus = ["3", "all"]', 'cpus_soft = "node:1"']
+        lines += ["cpu_weight = 77", "cap = 120"]
+        domain = await host.create(config(kernel, "one", *lines))
+        await domain.console.expect("hello", 10)
+        assert host.row("one")["cpupool"] == "fast"
+        rows = host.vcpus("one")
+        assert [(row["hard_affinity"], row["soft_affinity"]) for row in rows] == [([3], [2, 3]), (None, [2, 3])]
+        assert rows[0]["cpu"] == 3
+        assert host.sched_credit(domain.domid) == {"weight": 77, "cap": 120}
+        build: Any = host.row("one")["config"]
+        assert build["c_info"]["pool_name"] == "fast"
+        assert build["b_info"]["vcpu_hard_affinity"] == [[3], [0, 1, 2, 3]]
+        before = leftovers.of_host(host)
+        for kind, words, *wrong in (
+            (ConfigError, "Illegal pool specified", "pool = 'none'"),
+            (ConfigError, "vcpu hard affinity map is empty", "cpus = '77'"),
+            (HostError, "setting affinity failed on vcpu `0'", "cpus = '3'"),
+        ):
+            await refused(kind, words, host.create(config(kernel, "two", *wrong)))
+            assert leftovers.of_host(host) == before
+
+    run(main)
+
+
 # --- the API --------------------------------------------------------------------------------------------
 
 

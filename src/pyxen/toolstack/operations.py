@@ -25,7 +25,7 @@ from typing import Final
 
 from pyxen.abi.xen import DomId
 from pyxen.errors import ConfigError, HostError, ImageError, XenError
-from pyxen.toolstack import store_entries
+from pyxen.toolstack import placement, store_entries
 from pyxen.toolstack.build.kernel import KernelImage, PvhImage, load_kernel, load_pvh_kernel
 from pyxen.toolstack.config import DomainConfig, check_creatable, resolve
 from pyxen.toolstack.config.domain import PvMode
@@ -182,6 +182,8 @@ class Operations:
         if config.type == "pv":  # xc_domain_set_memmap_limit: without it a balloon cannot grow past the start
             privcmd.set_memory_map(domid, [(0, config.maxmem_mb << 20, E820_RAM)])
         privcmd.sched_credit_set(domid, weight=config.cpu_weight, cap=config.cap)
+        await placement.apply(services, config, domid)
+        record.check_abort()
         store_port = privcmd.evtchn_alloc_unbound(domid, 0)
         console_port = privcmd.evtchn_alloc_unbound(domid, 0)
         rings = await services.build(privcmd, record, kernel, ramdisk, store_port, console_port)

@@ -16,10 +16,6 @@ from pyxen.toolstack.services import Services, in_thread
 if TYPE_CHECKING:
     from pyxen.abi.xen import DomId
 
-FEATURES = ("affinity", "pool")
-"""What ``check_creatable`` may let through once :func:`apply` is called."""
-
-
 async def apply(services: Services, config: DomainConfig, domid: DomId) -> None:
     """Put a domain where its configuration wants it. Its vCPUs exist, and none runs yet.
 
@@ -32,6 +28,8 @@ async def apply(services: Services, config: DomainConfig, domid: DomId) -> None:
         except UnknownPool as error:
             raise ConfigError("Illegal pool specified", hint=f"{error}: see xl cpupool-list") from None
         await move_domain(services, poolid, domid)
+    if config.cpus is None and config.cpus_soft is None:
+        return
     host = host_cpus(services.privcmd)
     hard = [] if config.cpus is None else config.cpus.resolve(config.max_vcpus, host, kind="hard")
     soft = [] if config.cpus_soft is None else config.cpus_soft.resolve(config.max_vcpus, host, kind="soft")
@@ -52,5 +50,4 @@ async def apply(services: Services, config: DomainConfig, domid: DomId) -> None:
                     f"setting affinity failed on vcpu `{vcpu}'", hint="none of its cpus= is in the domain's cpupool"
                 ) from None
 
-    if hard or soft:
-        await in_thread(services.executor, pin)
+    await in_thread(services.executor, pin)

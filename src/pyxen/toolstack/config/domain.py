@@ -40,7 +40,7 @@ MAX_VCPUS = 8192
 MAX_CREATABLE_VCPUS = 128
 """Most vCPUs this version creates: HVM_MAX_VCPUS; PV domains have the same limit here."""
 
-FEATURES = frozenset({"pvh"})
+FEATURES = frozenset({"pvh", "affinity", "pool"})
 """What :func:`unsupported` calls features and this version has."""
 
 MAX_NAME_BYTES = 255
