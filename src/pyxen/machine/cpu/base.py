@@ -338,8 +338,12 @@ class Cpu(Protocol):
         ...
 
     def load(self, context: Context) -> None:
-        """Make ``context`` the running one; saves the one that was loaded, if any; flushes the TLB. No-op if already
-        loaded."""
+        """Make ``context`` the running one; saves the one that was loaded, if any. No-op if already loaded.
+
+        Translations of a context that this CPU had loaded before may be as they were when it was unloaded: whoever
+        changed tables meanwhile calls :meth:`flush_tlb` before it runs. Setting its registers (:meth:`Context.put`)
+        forgets them.
+        """
         ...
 
     def unload(self) -> None:

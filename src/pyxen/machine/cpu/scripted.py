@@ -341,7 +341,8 @@ class ScriptedCpu(ScriptedHvm):
         self.journal.append(("invalidate", maddr, size))
 
     def set_pause_exits(self, on: bool) -> None:
-        """Scripts do not pause."""
+        """Whether the step Pause calls :meth:`HvmTraps.pause`."""
+        self._pause_exits = on
 
     def next_code(self, first: int, end: int) -> int:
         """Scripts are not code in memory."""

@@ -19,6 +19,7 @@ from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import Registers
 
 if TYPE_CHECKING:
+    from pyxen.machine.cpu.unicorn_tlb import ContextTlb
     from pyxen.machine.cpu.unicorn_x86 import UnicornX86
 
 _U64 = (1 << 64) - 1
@@ -33,7 +34,7 @@ class UnicornContext:
     """State of one vCPU. ``dr`` holds DR0-DR7; the image's copy of DR7 is always disabled, since enabled breakpoints
     are pointers."""
 
-    __slots__ = ("buffer", "dr7", "engine", "fpu_changed", "view", "view32", "view64")
+    __slots__ = ("buffer", "dr7", "engine", "fpu_changed", "tlb", "view", "view32", "view64")
 
     def __init__(self, image: bytes) -> None:
         self.buffer = ctypes.create_string_buffer(image, ui.CONTEXT_SIZE)
@@ -43,6 +44,18 @@ class UnicornContext:
         self.engine: UnicornX86 | None = None
         self.dr7 = 0x400
         self.fpu_changed = False
+        self.tlb: ContextTlb | None = None
+        """Its translations on the engine that loaded it last."""
+
+    def __del__(self) -> None:
+        tlb = self.tlb
+        if tlb is not None:
+            tlb.engine.retire(tlb)
+
+    def forget_translations(self) -> None:
+        """What a translation depends on was changed from outside."""
+        if self.tlb is not None:
+            self.tlb.stale = True
 
     def get(self) -> Registers:
         """Decode the saved state. Raises InternalError while an engine holds it."""
@@ -66,6 +79,7 @@ class UnicornContext:
         shape = tuple(map(len, (registers.gpr, registers.selectors, registers.bases, registers.fxsave)))
         if shape != (17, 6, 6, _FXSAVE_SIZE):
             raise InternalError("register file of the wrong shape")
+        self.forget_translations()
         v64, v32 = self.view64, self.view32
         for n, value in enumerate(registers.gpr):
             v64[n] = value & _U64

@@ -27,6 +27,7 @@ from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.unicorn_code import JAE, JE, JLE, JMP, JNE, Code, CodePage, jump
 
 _TARGET_PAGE = 0x1000
+_CODE_GENERATION = 0xe4c  # unicorn_tlb.CODE_GENERATION, in the engine's block
 
 # uc_struct: the radix tree of PageDesc (translate-all.c), and the list of RAM blocks
 _UC_L1_MAP, _UC_L1_SIZE, _UC_L1_SHIFT, _UC_L2_LEVELS = 0x2e0, 0x2f0, 0x2f4, 0x2f8
@@ -49,6 +50,10 @@ def _protect_code(lib: ui.Library, code: Code) -> None:
     code.raw("480370 b", ui.RAM_BLOCK_HOST)                    # add rsi, [rax+host]
     code.raw("4881e6 d", -_TARGET_PAGE)                        # and rsi, -4096
     code.raw("488bbf d", lib.uc_cpu)                           # mov rdi, [rdi+cpu]
+    code.raw("488b87 d 4885c0", lib.cpu_env + ui.MTRR_DEFTYPE)  # mov rax, [rdi+env.mtrr_deftype]; test rax, rax
+    code.branch(JE, "mark")
+    code.raw("ff80 d", _CODE_GENERATION)                       # inc dword [rax+CODE_GENERATION]
+    code.label("mark")
     code.raw("ba d", _TARGET_PAGE)                             # mov edx, 4096
     code.raw("48b8 q ffe0", lib.address("tlb_reset_dirty_x86_64"))
     code.label("original")

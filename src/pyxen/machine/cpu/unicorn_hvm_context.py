@@ -94,6 +94,7 @@ class UnicornHvmContext(UnicornContext):
     def set_nested_root(self, maddr: int) -> None:
         """The nested page-table root, from the next load on."""
         self._must_be_idle()
+        self.forget_translations()
         self.view64[ui.NESTED_CR3 >> 3] = maddr & _U64
 
     def paging(self) -> tuple[int, int, int, int, int]:
@@ -127,6 +128,7 @@ class UnicornHvmContext(UnicornContext):
     def put_hvm(self, registers: HvmRegisters) -> None:
         """Replace the saved state. Raises InternalError while an engine holds it, or for a state no CPU can be in."""
         self._must_be_idle()
+        self.forget_translations()
         r = registers
         if (len(r.gpr), len(r.segments), len(r.dr), len(r.fxsave)) != (17, 6, 8, 512):
             raise InternalError("register file of the wrong shape")

@@ -195,6 +195,8 @@ class Library:
         self.mmio_map = self._held.uc_mmio_map
         self.mmio_map.argtypes = (c_void_p, c_uint64, c_size_t, c_void_p, c_void_p, c_void_p, c_void_p)
         self.mmio_map.restype = c_int
+        self.tlb_init = self._function("tlb_init_x86_64", None, c_void_p)
+        self.free = self._libc_free()
         self.tlb_flush = self._function("tlb_flush_x86_64", None, c_void_p)
         self.tlb_flush_by_mmuidx = self._function("tlb_flush_by_mmuidx_x86_64", None, c_void_p, c_uint16)
         self.tlb_flush_page = self._function("tlb_flush_page_x86_64", None, c_void_p, c_uint64)
@@ -217,6 +219,14 @@ class Library:
             raise unknown_build("two functions disagree about where uc.cpu is")
         # CPUNegativeOffsetState ends with icount_decr, padded to 16 bytes, right before env.
         self.cpu_env = self.cpu_icount + 16
+
+    @staticmethod
+    def _libc_free() -> Any:
+        """What the engine's g_free() is."""
+        free = ctypes.PyDLL(None).free
+        free.argtypes = (c_void_p,)
+        free.restype = None
+        return free
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Any:
         try:

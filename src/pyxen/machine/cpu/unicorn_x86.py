@@ -31,6 +31,7 @@ from pyxen.machine.cpu.unicorn_hvm import PAUSE_EXITS
 from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
 from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
+from pyxen.machine.cpu.unicorn_tlb import CODE_GENERATION, ContextTlb, supported
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
@@ -92,6 +93,11 @@ class UnicornX86(HvmPart):
         self._running = False
         self._slot = 0
         self._roots = [-1, -1]
+        self._own_tlbs = supported(lib)
+        self._spare_tlbs: list[ContextTlb] = []
+        self.tlb = ContextTlb(self)  # the one that the engine was made with
+        self.tlb.filled = True
+        self._spare_tlbs.append(self.tlb)
         self._stopping = False
         self._failure: BaseException | None = None
         self._thread = 0
@@ -434,15 +440,46 @@ class UnicornX86(HvmPart):
             self._lib.update_dr7(self._env, context.dr7)
         else:
             self._v64[(ui.DR + 56) >> 3] = context.dr7
-        self._lib.tlb_flush(self._cpu)
-        self._slot = 1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0
-        self._roots = [-1, -1]
-        self._roots[self._slot] = self.cr3
+        self._load_tlb(context)
         self._block32[PAUSE_EXITS >> 2] = 0
         if isinstance(context, UnicornHvmContext):
             self._load_events(context)
         context.engine = self
         self.loaded = context
+
+    def _load_tlb(self, context: UnicornContext) -> None:
+        tlb = context.tlb
+        if tlb is None or tlb.engine is not self:
+            if tlb is not None:
+                tlb.engine.retire(tlb)
+            tlb = context.tlb = self._spare_tlbs.pop() if self._spare_tlbs else ContextTlb(self)
+            tlb.stale = True
+        elif not self._own_tlbs:
+            tlb.stale = True
+        generation = self._block32[CODE_GENERATION >> 2]
+        used = self.tlb
+        if tlb is not used and self._own_tlbs:
+            used.generation, used.slot, used.roots = generation, self._slot, self._roots
+            used.put_aside(self._state.env)
+            tlb.use(self._lib, self._cpu, self._state.env)
+            self.tlb = tlb
+            self._slot, self._roots = tlb.slot, tlb.roots
+            if tlb.generation != generation:
+                tlb.stale = True
+        if tlb.stale:
+            tlb.stale = False
+            self._lib.tlb_flush(self._cpu)
+            self._slot = 1 if self._v32[ui.HFLAGS >> 2] & HF_SECOND_SPACE else 0
+            self._roots = [-1, -1]
+            self._roots[self._slot] = self.cr3
+
+    def retire(self, tlb: ContextTlb) -> None:
+        """A context needs ``tlb``, which is of this engine, no more. Any thread."""
+        tlb.stale = True
+        if self._uc is not None:
+            self._spare_tlbs.append(tlb)
+        elif tlb is not self.tlb:
+            tlb.free(self._lib)
 
     def unload(self) -> None:
         """Save the loaded context."""
@@ -567,3 +604,6 @@ class UnicornX86(HvmPart):
         self._release_block()
         self._uc = None
         self._keep.clear()
+        for tlb in self._spare_tlbs:
+            if tlb is not self.tlb:  # which the engine itself frees
+                tlb.free(self._lib)

@@ -231,9 +231,9 @@ class HvmTraps:
         return next_rip
 
     def pause(self, next_rip: int) -> int:
-        """A loop that waits: let another vCPU run."""
+        """A loop that waits: let another vCPU of the domain run, if one waits for this engine."""
         self.counts["pause"] += 1
-        self.hvm.hypervisor.scheduler.vcpu_yield(self.hvm.vcpu)
+        self.hvm.hypervisor.scheduler.vcpu_pause_instruction(self.hvm.vcpu)
         return next_rip
 
     def interrupt_window(self, rip: int) -> int:

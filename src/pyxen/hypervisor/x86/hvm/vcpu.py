@@ -113,16 +113,14 @@ class HvmVcpu:
         if self.vcpu.nmi_pending:
             self.vcpu.nmi_pending = False
             hvm_cpu.inject_nmi()
-        if len(self.domain.vcpus) > 1:
-            hvm_cpu.set_pause_exits(True)  # it spins for another vCPU, which waits for this engine
         self.update_window()
 
     def flush_tlb(self) -> None:
         """Forget every translation, here now and in the engine before the next guest instruction."""
         cpu = self.cpu
+        self.flush_wanted = True  # before its next instruction, whether it is loaded now or not
         if cpu is None or cpu.loaded is not self.vcpu.context:
-            return  # loading a context flushes
-        self.flush_wanted = True
+            return
         if self.domain.evtchn.home_thread != _ident():
             cpu.kick()
 

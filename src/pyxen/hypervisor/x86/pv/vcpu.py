@@ -132,9 +132,9 @@ class PvVcpu:
         self._read_cache.clear()
         self._write_cache.clear()
         cpu = self.cpu
+        self.flush_wanted = True  # before its next instruction, whether it is loaded now or not
         if cpu is None or cpu.loaded is not self.vcpu.context:
-            return  # loading a context flushes
-        self.flush_wanted = True
+            return
         if self.domain.evtchn.home_thread != _ident():
             # Whoever takes frames from a domain that runs elsewhere pauses it first, so that no instruction is between
             # here and there.
@@ -153,6 +153,7 @@ class PvVcpu:
         self._write_cache.pop(va >> 12, None)
         cpu = self.cpu
         if cpu is None or cpu.loaded is not self.vcpu.context:
+            self.flush_wanted = True
             return
         if self.domain.evtchn.home_thread != _ident():
             self.flush_wanted = True
