@@ -3,9 +3,9 @@
 """Two domains of four vCPUs under load for a minute, on whatever engines the host has.
 
 Each vCPU computes what it knows the result of, vCPU 0 plays ping-pong by IPI with the others, takes them down and
-brings them up again, all at once (guests/src/smpload.c). Printed for each domain: errors (there must be none), pieces
-of work, the round trip of an IPI idle and under load, and how often a vCPU was taken down and came back. With --kind
-both there is one PV and one PVH domain.
+brings them up again, all at once (guests/src/smpload.c). Printed for each domain: errors (there must be none), work
+done, the round trip of an IPI idle and under load, and how often a vCPU was taken down and came back. With --kind both
+there is one PV and one PVH domain.
 
     benchmarks/smp.py [--seconds N] [--cpus N] [--vcpus N] [--domains N] [--kind pv|pvh|both] [--pv-mode exact|fast]
 """

@@ -34,7 +34,7 @@ void event_c(struct regs *regs)
 #ifdef PVH
 void events_on(void)
 {
-    __asm__ volatile("sti" ::: "memory");
+    __asm__ volatile("sti; nop" ::: "memory");  /* the window opens behind the next instruction */
 }
 
 void events_off(void)

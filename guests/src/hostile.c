@@ -79,6 +79,11 @@ static void start_anywhere(void)
             vcpu_infos[cpu] = &shared->vcpu[cpu];
         for (u32 tries = 0; tries < 20000; tries++) {
             u64 *words = (u64 *)&context;
+#ifdef PVH
+            for (u32 i = 0; i < 32; i++)
+                words[i] = chance() % 4 ? 0 : chance() >> chance() % 64;
+            words[0] = chance() % 3;            /* the mode: 32 bits, 64 bits, none */
+#endif
             for (u32 i = 64; i < sizeof(context) / 8; i++)
                 words[i] = chance() % 4 ? 0 : chance() >> chance() % 64;
             if (chance() % 2) {
@@ -125,10 +130,15 @@ static void on_nmi(struct regs *regs)
         send_nmi((this_cpu() + 1) % cpus);
 }
 
+static volatile u32 ready;
+
 static void harm(u64 arg)
 {
     u32 cpu = this_cpu();
     (void)arg;
+    __atomic_fetch_add(&ready, 1, __ATOMIC_SEQ_CST);
+    while (what == 10 && ready < cpus)          /* an NMI before there is an IDT would be the end of a PVH guest */
+        wait_a_little();
     if (what == 1)
         events_on();
     while (now_ns() < end)

@@ -201,7 +201,7 @@ static void errnos(void)
     CHECK_EQ(cpu_is_up(1), 0);
     CHECK_EQ(cpu_is_up(0), 1);
     CHECK_EQ(HC3(vcpu_op, VCPUOP_initialise, 0, &bad), -EEXIST);
-    CHECK_EQ(HC3(vcpu_op, VCPUOP_initialise, 1, 0x1000), -EFAULT);
+    CHECK_EQ(HC3(vcpu_op, VCPUOP_initialise, 1, 1ul << 45), -EFAULT);
     if (cpus > 32)
         CHECK_EQ(HC3(vcpu_op, VCPUOP_initialise, 32, &bad), -EINVAL);   /* no vcpu_info yet */
     CHECK_EQ(HC3(vcpu_op, VCPUOP_initialise, 1, &bad), -EINVAL);        /* no page tables */

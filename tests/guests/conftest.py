@@ -49,8 +49,10 @@ def guests() -> Path:
 
 
 def config(kernel: Path, extra: str = "", name: str | None = None, vcpus: int = 1) -> str:
+    kind = "pvh" if kernel.suffix == ".pvh" else "pv"
     return "\n".join([
-        f'name = "{name or kernel.name}"', f'kernel = "{kernel}"', f'extra = "{extra}"', "memory = 16", "maxmem = 17",
+        f'name = "{name or kernel.name}"', f'type = "{kind}"', f'kernel = "{kernel}"', f'extra = "{extra}"', "memory = 16",
+        *(["maxmem = 17"] if kind == "pv" else []),
         f"vcpus = {vcpus}", 'on_poweroff = "destroy"', 'on_crash = "destroy"', 'on_reboot = "destroy"',
     ]) + "\n"
 

@@ -16,11 +16,12 @@ from tests.host import small_guests
 pytestmark = [pytest.mark.guest, pytest.mark.engine]
 
 GUESTS = ["smp", "smpload", "selfmod", "hostile"]
-MODES = pytest.mark.parametrize("mode", ["exact", "fast"])
+MODES = pytest.mark.parametrize("mode", ["exact", "fast", "pvh"])
 HARM = {
     "ipi storm": 1, "events off": 2, "recursive faults": 3, "own info unmapped": 4, "vCPUs started anywhere": 5,
     "vCPUs take each other down": 6, "timers": 7, "initialisation": 8, "flushes": 9, "nmi storm": 10, "stacks": 11,
 }
+PV_ONLY = {"own info unmapped", "flushes"}
 MUST_CRASH = {"recursive faults", "stacks"}
 MAY_CRASH = {"own info unmapped", "vCPUs started anywhere"}
 LEAST_SHARE = 0.35
@@ -29,10 +30,19 @@ for each vCPU, as in Xen, and it has one of 1024 against four of 256); less, for
 handed out each 30 ms."""
 
 
+def machine(mode: str) -> Host:
+    return Host(memory="128M", cpus=1, pv_mode="exact" if mode == "pvh" else mode)
+
+
+def of_kind(kernel: Path, mode: str) -> Path:
+    """The same guest, built for PV or for PVH."""
+    return kernel.with_name(kernel.name + ".pvh") if mode == "pvh" else kernel
+
+
 async def boot(kernel: Path, mode: str, extra: str, vcpus: int, timeout_s: float = 60) -> Outcome:
-    async with Host(memory="128M", cpus=1, pv_mode=mode) as host:
+    async with machine(mode) as host:
         free = host.hypervisor.allocator.free_frames
-        outcome = await run(await host.create(config(kernel, extra, vcpus=vcpus), paused=True), timeout_s)
+        outcome = await run(await host.create(config(of_kind(kernel, mode), extra, vcpus=vcpus), paused=True), timeout_s)
         check_host(host, free)
         return outcome
 
@@ -50,7 +60,7 @@ def test_smp(guests: Path, mode: str, vcpus: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "vcpus"), [("exact", 33), ("fast", 40)])
+@pytest.mark.parametrize(("mode", "vcpus"), [("exact", 33), ("fast", 40), ("pvh", 33)])
 def test_smp_beyond_the_vcpus_of_shared_info(guests: Path, mode: str, vcpus: int) -> None:
     """From vCPU 32 on a vcpu_info has to be registered."""
     must_pass(asyncio.run(boot(guests / "smp", mode, "", vcpus, 120)))
@@ -76,10 +86,10 @@ def test_code_that_changes_is_never_stale(guests: Path, mode: str, vcpus: int) -
 
 async def beside_a_busy_guest(guests: Path, busy: Path, what: int, mode: str) -> tuple[Outcome, float, str]:
     """How the guest that means harm ended, the busy one's share of the CPU time meanwhile, and the log."""
-    async with Host(memory="128M", cpus=1, pv_mode=mode) as host:
+    async with machine(mode) as host:
         free = host.hypervisor.allocator.free_frames
         honest = await host.create(small_guests.config(busy, "honest", "cpu_weight = 1024"))
-        bad = await host.create(config(guests / "hostile", f"what={what} seconds=2", vcpus=4), paused=True)
+        bad = await host.create(config(of_kind(guests / "hostile", mode), f"what={what} seconds=2", vcpus=4), paused=True)
 
         def used() -> list[int]:
             found = {row["domid"]: int(str(row["cpu_time_ns"])) for row in host.rows()}
@@ -102,9 +112,14 @@ async def beside_a_busy_guest(guests: Path, busy: Path, what: int, mode: str) ->
 @MODES
 @pytest.mark.parametrize("name", HARM)
 def test_who_means_harm_harms_itself(guests: Path, tmp_path: Path, name: str, mode: str) -> None:
+    if mode == "pvh" and name in PV_ONLY:
+        pytest.skip("a PVH guest has no such hypercall")
     busy = small_guests.write_kernel(tmp_path / "busy", then="spin")
     outcome, share, dmesg = asyncio.run(beside_a_busy_guest(guests, busy, HARM[name], mode))
-    if name in MUST_CRASH:
+    if name in MUST_CRASH and mode == "pvh":
+        assert outcome.reason == "reboot", outcome.lines  # of a triple fault: HVM_PARAM_TRIPLE_FAULT_REASON's default
+        assert "Triple fault" in dmesg
+    elif name in MUST_CRASH:
         assert outcome.reason == "crash", outcome.lines
         assert dmesg.count("domain_crash called for d2: ") == 1, dmesg
     elif name in MAY_CRASH:
