@@ -12,7 +12,9 @@ checks at block starts remain. A kick sets the HALT bit of ``interrupt_request``
 turn of its loop and also before
 the first block of a run, and ``icount_decr`` negative, which makes the current chain of blocks come back to that
 loop. Both are plain stores, so any
-thread may kick at any time, and a kick between two runs is not lost.
+thread may kick at any time, and a kick between two runs is not lost. So may a signal handler: that is how deadlines
+come (``unicorn_timer``). They may come early; :meth:`UnicornX86.run` then goes on, unless somebody called
+:meth:`UnicornX86.kick`, which says so in ``_kicked`` before it stores.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from typing import TYPE_CHECKING, Any
 from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
-from pyxen.machine.cpu.deadline import AlarmClock
+from pyxen.machine.cpu.deadline import AlarmClock, AlarmDeadline, Deadline
 from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
 from pyxen.machine.cpu.unicorn_hvm import PAUSE_EXITS
 from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
 from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
+from pyxen.machine.cpu.unicorn_timer import KickTimer
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
@@ -65,7 +68,8 @@ _MAX_POSTED = 16384
 class UnicornX86(HvmPart):
     """One CPU on ``memory``, with deadlines on ``clock``. Raises EngineError for an unusable Unicorn.
 
-    ``alarms`` may be shared between the CPUs of a machine; without it the CPU has its own.
+    ``alarms`` may be shared between the CPUs of a machine; without it the CPU has its own. They are used only where
+    the clock or the host have no timer signals.
     """
 
     def __init__(self, memory: Memory, clock: Clock, index: int = 0, alarms: AlarmClock | None = None) -> None:
@@ -93,6 +97,7 @@ class UnicornX86(HvmPart):
         self._slot = 0
         self._roots = [-1, -1]
         self._stopping = False
+        self._kicked = False
         self._failure: BaseException | None = None
         self._thread = 0
         self._posted: list[tuple[int, int]] = []
@@ -101,9 +106,15 @@ class UnicornX86(HvmPart):
         self._blank = {cpl: self._blank_image(cpl) for cpl in (0, 1, 3)}
         self._keep: list[Any] = []
         self._install_hooks()
-        self._alarms = alarms if alarms is not None else AlarmClock(clock)
-        self._alarm = self._alarms.alarm(self._deadline_passed)
+        self._alarms = alarms
+        self._deadline_ns: int | None = None
+        self._deadline: Deadline = (KickTimer.make(self, clock, state.kick_words, self._alarm_deadline)
+                                    or self._alarm_deadline())
         memory.add_listener(self.invalidate)
+
+    def _alarm_deadline(self) -> AlarmDeadline:
+        alarms = self._alarms if self._alarms is not None else AlarmClock(self._clock)
+        return AlarmDeadline(self._clock, alarms.alarm(self._halt))
 
     # --- construction ------------------------------------------------------------------------------------------------
 
@@ -466,15 +477,21 @@ class UnicornX86(HvmPart):
         """Execute the loaded context."""
         if self.loaded is None:
             raise InternalError("run without a context")
-        if deadline_ns is not None and deadline_ns <= self._clock.now_ns():
+        if not self._deadline.enter(deadline_ns):
             return Exit.KICK
+        self._deadline_ns = deadline_ns
         self._thread = threading.get_ident()
         self._running = True
         if self._posted or self._flush_all:
             self._forget_posted()
-        self._alarm.set(deadline_ns)
-        status = self._lib.emu_start(self._handle, self.gpr[RIP], 0, 0, 0)
+        while True:
+            status = self._lib.emu_start(self._handle, self.gpr[RIP], 0, 0, 0)
+            # An early alarm is no reason to leave; a moment from now it would have been the next run's.
+            if status or self._kicked or not self._deadline.set(self._deadline_ns):
+                break
         self._running = False
+        # Kicks up to here are answered by this return: their senders have posted what it is about.
+        self._kicked = False
         if self._failure is not None:
             failure, self._failure = self._failure, None
             self._stopping = False
@@ -490,14 +507,8 @@ class UnicornX86(HvmPart):
 
     def set_deadline(self, deadline_ns: int | None) -> None:
         """Move the deadline of the run in progress."""
-        if deadline_ns is not None and deadline_ns <= self._clock.now_ns():
-            self.kick()
-        else:
-            self._alarm.set(deadline_ns)
-
-    def _deadline_passed(self) -> None:
-        """A run that a handler stopped early leaves its deadline behind: that is not the next one's."""
-        if self._running:
+        self._deadline_ns = deadline_ns
+        if not self._deadline.set(deadline_ns):
             self.kick()
 
     def stop(self) -> None:
@@ -507,6 +518,10 @@ class UnicornX86(HvmPart):
 
     def kick(self) -> None:
         """Make :meth:`run` return at the next block boundary."""
+        self._kicked = True
+        self._halt()
+
+    def _halt(self) -> None:
         self._interrupt[0] = ui.INTERRUPT_HALT
         self._icount[0] = 0xffff
 
@@ -560,7 +575,7 @@ class UnicornX86(HvmPart):
         if self._uc is None:
             return
         self._memory.remove_listener(self.invalidate)
-        self._alarm.cancel()
+        self._deadline.cancel()
         self.unload()
         # The windows into the engine must not outlive it.
         self._state.release()
