@@ -169,7 +169,7 @@ class _Native:
 
 
 _installing = threading.Lock()
-_native: _Native | None | bool = None
+_native: _Native | bool | None = None
 """False: this host has it not."""
 
 
