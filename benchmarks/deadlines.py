@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """What deadlines cost: timer signals against the alarm thread, in the same run.
 
-* a slice: what 200 µs of a guest that only counts cost beyond the guest's own instructions, in CPU time of the
-  *process*. The guest's pace is taken from slices of 20 ms just before.
+* a slice: what 50 µs of a guest that only counts cost beyond the guest's own instructions, in CPU time of the
+  *process*. The guest's pace is taken from slices of 5 ms just before.
 * lateness: from the deadline to the guest's last instruction, while another thread keeps the GIL for 5 ms at a time.
 * set_deadline to a later and to an earlier moment, in nanoseconds of CPU time.
 
@@ -30,7 +30,7 @@ from pyxen.machine.cpu.base import RAX, RBX, RIP, Exit
 from pyxen.machine.cpu.unicorn_x86 import UnicornX86
 from pyxen.machine.memory import Memory
 
-SLICE_NS, LONG_NS, ROOT, COUNT, STAMP = 200_000, 20_000_000, 0x100000, 0x1000, 0x2000
+SLICE_NS, LONG_NS, ROOT, COUNT, STAMP = 50_000, 5_000_000, 0x100000, 0x1000, 0x2000
 # inc rax; jmp
 COUNT_CODE = bytes.fromhex("48ffc0 ebfb")
 # rdtsc; shl rdx, 32; or rax, rdx; mov rbx, rax; jmp
@@ -58,10 +58,10 @@ def slices(cpu: UnicornX86, clock: RealClock, slice_ns: int, total_ns: int) -> t
 
 
 def overhead_us(cpu: UnicornX86, clock: RealClock) -> float:
-    """CPU time of one slice of 200 µs that the guest did not get, by its progress in slices of 20 ms."""
-    work, spent, _ = slices(cpu, clock, LONG_NS, 40_000_000)
+    """CPU time of one short slice that the guest did not get, by its progress in long ones."""
+    work, spent, _ = slices(cpu, clock, LONG_NS, 20_000_000)
     per_iteration = spent / work
-    work, spent, runs = slices(cpu, clock, SLICE_NS, 60_000_000)
+    work, spent, runs = slices(cpu, clock, SLICE_NS, 20_000_000)
     return (spent - work * per_iteration) / runs / 1000
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     other._deadline = other._alarm_deadline()
     costs: dict[str, list[float]] = {name: [] for name in cpus}
     # Short and in turn: whatever else the machine does hits both.
-    for _ in range(10 * max(arguments.runs, 1)):
+    for _ in range(20 * max(arguments.runs, 1)):
         for name, cpu in cpus.items():
             costs[name].append(overhead_us(cpu, clock))
     for name, cpu in cpus.items():

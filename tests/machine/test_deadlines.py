@@ -100,7 +100,7 @@ def test_deadlines_are_met_while_another_thread_has_the_gil(machine: Machine) ->
     """And an alarm thread does not: it has to ask for the GIL first, and gets it after 50 ms."""
     machine.start(TSC_SPIN)
     with gil_hog():
-        assert -5000 < lateness(machine, 15, 2 * MS) < 10 * MS
+        assert lateness(machine, 15, 2 * MS) < 10 * MS
         machine.cpu._deadline.cancel()
         machine.cpu._deadline = machine.cpu._alarm_deadline()
         assert lateness(machine, 5, 2 * MS) > 20 * MS
@@ -126,6 +126,23 @@ def test_run_never_returns_before_its_deadline_without_a_reason(machine: Machine
         assert cpu.run(deadline) is Exit.KICK
         assert CLOCK.now_ns() >= deadline
     assert CLOCK.now_ns() - start < 16 * MS + 2_000 * MS
+
+
+def test_no_short_deadline_is_lost_nor_comes_early(machine: Machine) -> None:
+    """However the signal falls on the start and the end of a run. A lost one would wait for the kick after a minute."""
+    machine.start(programs.SPIN)
+    cpu, rng = machine.cpu, random.Random(3)
+    rescue = threading.Timer(60, cpu.kick)
+    rescue.daemon = True
+    rescue.start()
+    for _ in range(5000):
+        deadline = CLOCK.now_ns() + rng.randrange(500, 40_000)
+        if rng.random() < 0.3:
+            cpu.set_deadline(CLOCK.now_ns() + rng.randrange(500, 40_000))
+            cpu._kicked = False                                  # it may have been past by then, which kicks
+        assert cpu.run(deadline) is Exit.KICK
+        assert deadline <= CLOCK.now_ns() < deadline + 30_000 * MS
+    rescue.cancel()
 
 
 def test_an_alarm_that_came_early_does_not_end_a_run_without_deadline(machine: Machine) -> None:
@@ -192,25 +209,23 @@ def test_deadlines_that_move_in_a_handler_are_kept(machine: Machine) -> None:
 
 
 def test_two_engines_in_two_threads_have_their_own_deadlines(pair: Machine) -> None:
-    ends: list[list[int]] = [[], []]
+    done: list[int] = []
 
     def slices(index: int) -> None:
         cpu = pair.cpus[index]
         pair.start(programs.SPIN, cpu=index, at=CODE + 0x1000 * index)
-        for n in range(300):
+        for _ in range(300):
             deadline = CLOCK.now_ns() + (200_000 if index else 500_000)
-            count = cpu.gpr[RAX]
             assert cpu.run(deadline) is Exit.KICK
             assert CLOCK.now_ns() >= deadline
-            ends[index].append(cpu.gpr[RAX] - count)
-            assert n or ends[index][0] > 0
+        assert cpu.gpr[RAX] > 0
+        done.append(index)
 
-    threads = [threading.Thread(target=in_thread, args=(lambda i=i: slices(i),)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [len(e) for e in ends] == [300, 300] and all(sum(e) for e in ends)
+    other = threading.Thread(target=slices, args=(1,), daemon=True)
+    other.start()
+    slices(0)
+    other.join(60)
+    assert sorted(done) == [0, 1]
 
 
 def test_another_thread_may_run_the_engine_even_when_the_first_is_gone(machine: Machine) -> None:
