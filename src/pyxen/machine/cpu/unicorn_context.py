@@ -136,10 +136,14 @@ class UnicornContext:
         self.fpu_changed = True
 
 
+_EFLAGS, _CC_SRC, _CC_OP, _DF = ui.EFLAGS >> 3, ui.CC_SRC >> 3, ui.CC_OP >> 2, ui.DF >> 2
+_IN_CC, _CC_OP_EFLAGS = ui.FLAGS_IN_CC, ui.CC_OP_EFLAGS
+
+
 def settle_flags(v64: memoryview, v32: memoryview, flags: int) -> None:
     """Write RFLAGS in both of the engine's forms."""
     flags = flags & 0x3d7fd7 | 2  # everything defined but VM, which long mode does not have
-    v64[ui.EFLAGS >> 3] = flags
-    v64[ui.CC_SRC >> 3] = flags & ui.FLAGS_IN_CC
-    v32[ui.CC_OP >> 2] = ui.CC_OP_EFLAGS
-    v32[ui.DF >> 2] = 0xffffffff if flags & 0x400 else 1
+    v64[_EFLAGS] = flags
+    v64[_CC_SRC] = flags & _IN_CC
+    v32[_CC_OP] = _CC_OP_EFLAGS
+    v32[_DF] = 0xffffffff if flags & 0x400 else 1

@@ -276,8 +276,10 @@ class State:
         self.env64 = self.env8.cast("Q")
         self.gpr = self.env64[:17]
         self.old_exception = self.env8[OLD_EXCEPTION:OLD_EXCEPTION + 4].cast("i")
-        self.interrupt_request = _window(self.cpu + CPU_INTERRUPT_REQUEST, 4)
-        self.icount_high = _window(self.cpu + lib.cpu_icount + 2, 2).cast("H")
+        self.kick_words = (self.cpu + CPU_INTERRUPT_REQUEST, self.cpu + lib.cpu_icount + 2)
+        """Addresses of the next two; what a kick stores there is a byte and 16 bits."""
+        self.interrupt_request = _window(self.kick_words[0], 4)
+        self.icount_high = _window(self.kick_words[1], 2).cast("H")
         self.no_exit_request = _window(uc_pointer + lib.uc_no_exit_request, 1)
 
 

@@ -12,7 +12,9 @@ checks at block starts remain. A kick sets the HALT bit of ``interrupt_request``
 turn of its loop and also before
 the first block of a run, and ``icount_decr`` negative, which makes the current chain of blocks come back to that
 loop. Both are plain stores, so any
-thread may kick at any time, and a kick between two runs is not lost.
+thread may kick at any time, and a kick between two runs is not lost. So may a signal handler: that is how deadlines
+come (``unicorn_timer``). They may come early; :meth:`UnicornX86.run` then goes on, unless somebody called
+:meth:`UnicornX86.kick`, which says so in ``_kicked`` before it stores.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from typing import TYPE_CHECKING, Any
 from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
-from pyxen.machine.cpu.deadline import AlarmClock
+from pyxen.machine.cpu.deadline import AlarmClock, AlarmDeadline, Deadline
 from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
 from pyxen.machine.cpu.unicorn_hvm import PAUSE_EXITS
 from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
 from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
+from pyxen.machine.cpu.unicorn_timer import KickTimer
 from pyxen.machine.cpu.unicorn_tlb import CODE_GENERATION, ContextTlb, supported
 
 if TYPE_CHECKING:
@@ -59,6 +62,15 @@ _HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17))
 # breakpoint, overflow and the direct int 0x80. All others are #GP with the gate's selector error code.
 DIRECT_VECTORS = frozenset((3, 4, 0x80))
 
+# Where v64 and v32 have what hypercalls and context switches touch: a shift of another module's constant at each
+# access would cost more than the access.
+_EFLAGS, _CC_SRC, _CR2, _CR3, _DR7 = ui.EFLAGS >> 3, ui.CC_SRC >> 3, ui.CR2 >> 3, ui.CR3 >> 3, (ui.DR + 56) >> 3
+_CC_OP, _DF, _HFLAGS, _PAUSE_EXITS = ui.CC_OP >> 2, ui.DF >> 2, ui.HFLAGS >> 2, PAUSE_EXITS >> 2
+_FS_BASE, _GS_BASE = (ui.SEGS + 4 * ui.SEG_SIZE + 8) >> 3, (ui.SEGS + 5 * ui.SEG_SIZE + 8) >> 3
+_SELECTORS = tuple((ui.SEGS + ui.SEG_SIZE * n) >> 2 for n in range(6))
+_HF_CPL, _NOT_CPL, _HF_SETTLED, _FLAGS_STRICT = ui.HF_CPL, ~ui.HF_CPL, ~ui.HF_FROM_EFLAGS, ~ui.FLAGS_LAZY
+_FLAGS_IN_CC, _CC_OP_EFLAGS = ui.FLAGS_IN_CC, ui.CC_OP_EFLAGS
+
 _TRANSLATION_CACHE = 128 << 20
 _MAX_POSTED = 16384
 
@@ -66,7 +78,8 @@ _MAX_POSTED = 16384
 class UnicornX86(HvmPart):
     """One CPU on ``memory``, with deadlines on ``clock``. Raises EngineError for an unusable Unicorn.
 
-    ``alarms`` may be shared between the CPUs of a machine; without it the CPU has its own.
+    ``alarms`` may be shared between the CPUs of a machine; without it the CPU has its own. They are used only where
+    the clock or the host have no timer signals.
     """
 
     def __init__(self, memory: Memory, clock: Clock, index: int = 0, alarms: AlarmClock | None = None) -> None:
@@ -86,6 +99,7 @@ class UnicornX86(HvmPart):
         self.gpr = state.gpr
         self._v32 = state.env32
         self._v64 = state.env64
+        self._image = state.env8
         self._interrupt = state.interrupt_request
         self._icount = state.icount_high
         self._cpu = c_void_p(state.cpu)
@@ -99,6 +113,7 @@ class UnicornX86(HvmPart):
         self.tlb.filled = True
         self._spare_tlbs.append(self.tlb)
         self._stopping = False
+        self._kicked = False
         self._failure: BaseException | None = None
         self._thread = 0
         self._posted: list[tuple[int, int]] = []
@@ -107,9 +122,15 @@ class UnicornX86(HvmPart):
         self._blank = {cpl: self._blank_image(cpl) for cpl in (0, 1, 3)}
         self._keep: list[Any] = []
         self._install_hooks()
-        self._alarms = alarms if alarms is not None else AlarmClock(clock)
-        self._alarm = self._alarms.alarm(self._deadline_passed)
+        self._alarms = alarms
+        self._deadline_ns: int | None = None
+        self._deadline: Deadline = (KickTimer.make(self, clock, state.kick_words, self._alarm_deadline)
+                                    or self._alarm_deadline())
         memory.add_listener(self.invalidate)
+
+    def _alarm_deadline(self) -> AlarmDeadline:
+        alarms = self._alarms if self._alarms is not None else AlarmClock(self._clock)
+        return AlarmDeadline(self._clock, alarms.alarm(self._halt))
 
     # --- construction ------------------------------------------------------------------------------------------------
 
@@ -260,60 +281,60 @@ class UnicornX86(HvmPart):
     @property
     def flags(self) -> int:
         """RFLAGS."""
-        if self._running and self._v32[ui.CC_OP >> 2] != ui.CC_OP_EFLAGS:
-            return int(self._lib.read_eflags(self._env)) & 0xffffffff | 2
         v64 = self._v64
         if not self._running:
-            return int(v64[ui.EFLAGS >> 3]) & 0xffffffff
-        lazy = v64[ui.CC_SRC >> 3] & ui.FLAGS_IN_CC | self._v32[ui.DF >> 2] & 0x400
-        return (v64[ui.EFLAGS >> 3] & ~ui.FLAGS_LAZY | lazy | 2) & 0xffffffff
+            return v64[_EFLAGS] & 0xffffffff
+        v32 = self._v32
+        if v32[_CC_OP] != _CC_OP_EFLAGS:
+            return int(self._lib.read_eflags(self._env)) & 0xffffffff | 2
+        return (v64[_EFLAGS] & _FLAGS_STRICT | v64[_CC_SRC] & _FLAGS_IN_CC | v32[_DF] & 0x400 | 2) & 0xffffffff
 
     @flags.setter
     def flags(self, value: int) -> None:
         settle_flags(self._v64, self._v32, value)
-        self._v32[ui.HFLAGS >> 2] &= ~ui.HF_FROM_EFLAGS
+        self._v32[_HFLAGS] &= _HF_SETTLED
         if self._running:
-            self._v64[ui.EFLAGS >> 3] &= ~ui.FLAGS_LAZY
+            self._v64[_EFLAGS] &= _FLAGS_STRICT
 
     @property
     def cr2(self) -> int:
         """The last page-fault address."""
-        return int(self._v64[ui.CR2 >> 3])
+        return int(self._v64[_CR2])
 
     @cr2.setter
     def cr2(self, value: int) -> None:
-        self._v64[ui.CR2 >> 3] = value
+        self._v64[_CR2] = value
 
     @property
     def cr3(self) -> int:
         """The page-table root."""
-        return int(self._v64[ui.CR3 >> 3])
+        return int(self._v64[_CR3])
 
     @property
     def fs_base(self) -> int:
         """Base of FS."""
-        return int(self._v64[(ui.SEGS + 4 * ui.SEG_SIZE + 8) >> 3])
+        return int(self._v64[_FS_BASE])
 
     @fs_base.setter
     def fs_base(self, value: int) -> None:
-        self._v64[(ui.SEGS + 4 * ui.SEG_SIZE + 8) >> 3] = value
+        self._v64[_FS_BASE] = value
 
     @property
     def gs_base(self) -> int:
         """Base of GS."""
-        return int(self._v64[(ui.SEGS + 5 * ui.SEG_SIZE + 8) >> 3])
+        return int(self._v64[_GS_BASE])
 
     @gs_base.setter
     def gs_base(self, value: int) -> None:
-        self._v64[(ui.SEGS + 5 * ui.SEG_SIZE + 8) >> 3] = value
+        self._v64[_GS_BASE] = value
 
     def selector(self, seg: int) -> int:
         """Visible selector of a segment register."""
-        return self._v32[(ui.SEGS + ui.SEG_SIZE * seg) >> 2] & 0xffff
+        return self._v32[_SELECTORS[seg]] & 0xffff
 
     def set_selector(self, seg: int, selector: int) -> None:
         """Set the visible selector only."""
-        self._v32[(ui.SEGS + ui.SEG_SIZE * seg) >> 2] = selector & 0xffff
+        self._v32[_SELECTORS[seg]] = selector & 0xffff
 
     def _write_segment(self, seg: int, selector: int, base: int, limit: int, attributes: int) -> None:
         at = ui.SEGS + ui.SEG_SIZE * seg
@@ -328,19 +349,19 @@ class UnicornX86(HvmPart):
         cpl = self.cpl()
         self._lib.update_hflags(self._env)
         v32 = self._v32
-        v32[ui.HFLAGS >> 2] = (v32[ui.HFLAGS >> 2] & ~(ui.HF_CPL | ui.HF_FROM_EFLAGS)) | cpl
+        v32[_HFLAGS] = (v32[_HFLAGS] & _NOT_CPL & _HF_SETTLED) | cpl
 
     def set_cpl(self, cpl: int) -> None:
         """Set the privilege level: the engine's translations and TLB depend on nothing else for it."""
-        self._v32[ui.HFLAGS >> 2] = (self._v32[ui.HFLAGS >> 2] & ~ui.HF_CPL) | cpl & 3
+        self._v32[_HFLAGS] = (self._v32[_HFLAGS] & _NOT_CPL) | cpl & 3
 
     def cpl(self) -> int:
         """Current privilege level."""
-        return self._v32[ui.HFLAGS >> 2] & ui.HF_CPL
+        return self._v32[_HFLAGS] & _HF_CPL
 
     def set_cr3(self, maddr: int) -> None:
         """Switch the page-table root and flush the TLB (of both spaces)."""
-        self._v64[ui.CR3 >> 3] = maddr
+        self._v64[_CR3] = maddr
         self._roots[self._slot] = maddr
         self._lib.tlb_flush(self._cpu)
 
@@ -348,11 +369,11 @@ class UnicornX86(HvmPart):
         """Go to address space ``slot`` with root ``maddr``; the translations of both stay as long as their roots do."""
         exchange = self._lib.exchange_spaces
         if slot == self._slot:
-            if maddr != self._v64[ui.CR3 >> 3]:
+            if maddr != self._v64[_CR3]:
                 self.set_cr3(maddr)
             return
         self._slot = slot
-        self._v32[ui.HFLAGS >> 2] ^= HF_SECOND_SPACE
+        self._v32[_HFLAGS] ^= HF_SECOND_SPACE
         if exchange is None:
             self.set_cr3(maddr)
             return
@@ -381,7 +402,7 @@ class UnicornX86(HvmPart):
         if n == 7:
             self._lib.update_dr7(self._env, value & 0xffffffff)
             return
-        enabled = self._v64[(ui.DR + 56) >> 3]
+        enabled = self._v64[_DR7]
         if n < 4 and enabled >> 2 * n & 3:
             # The engine keys its breakpoints by address when DR7 is written: take them off and put them on again.
             self._lib.update_dr7(self._env, 0x400)
@@ -399,10 +420,10 @@ class UnicornX86(HvmPart):
         v64, v32 = self._v64, self._v32
         if on:
             v64[ui.CR0 >> 3] |= 8
-            v32[ui.HFLAGS >> 2] |= ui.HF_TS
+            v32[_HFLAGS] |= ui.HF_TS
         else:
             v64[ui.CR0 >> 3] &= ~8
-            v32[ui.HFLAGS >> 2] &= ~ui.HF_TS
+            v32[_HFLAGS] &= ~ui.HF_TS
 
     def flush_tlb(self) -> None:
         """Forget all translations."""
@@ -428,20 +449,22 @@ class UnicornX86(HvmPart):
         if context.engine is not None:
             raise InternalError("the context is loaded on another CPU")
         self.unload()
-        ctypes.memmove(self._state.env, context.buffer, ui.CONTEXT_SIZE)
+        v64, v32 = self._v64, self._v32
+        self._image[:] = context.view
         if self._running:
-            self._v64[ui.EFLAGS >> 3] &= ~ui.FLAGS_LAZY
+            v64[_EFLAGS] &= _FLAGS_STRICT
         if context.fpu_changed:
             context.fpu_changed = False
             x86 = self._lib.unicorn.x86_const
-            self._uc.reg_write(x86.UC_X86_REG_FPCW, self._v32[ui.FPUS >> 2] >> 16)
-            self._uc.reg_write(x86.UC_X86_REG_MXCSR, self._v32[ui.MXCSR >> 2])
-        if context.dr7 & 0xff:
-            self._lib.update_dr7(self._env, context.dr7)
+            self._uc.reg_write(x86.UC_X86_REG_FPCW, v32[ui.FPUS >> 2] >> 16)
+            self._uc.reg_write(x86.UC_X86_REG_MXCSR, v32[ui.MXCSR >> 2])
+        dr7 = context.dr7
+        if dr7 & 0xff:
+            self._lib.update_dr7(self._env, dr7)
         else:
-            self._v64[(ui.DR + 56) >> 3] = context.dr7
+            v64[_DR7] = dr7
         self._load_tlb(context)
-        self._block32[PAUSE_EXITS >> 2] = 0
+        self._block32[_PAUSE_EXITS] = 0
         if isinstance(context, UnicornHvmContext):
             self._load_events(context)
         context.engine = self
@@ -489,11 +512,12 @@ class UnicornX86(HvmPart):
         if isinstance(context, UnicornHvmContext):
             self._save_events(context)
         flags = self.flags
-        context.dr7 = int(self._v64[(ui.DR + 56) >> 3])
-        if context.dr7 & 0xff:
+        v64 = self._v64
+        context.dr7 = dr7 = v64[_DR7]
+        if dr7 & 0xff:
             self._lib.update_dr7(self._env, 0x400)
-        settle_flags(self._v64, self._v32, flags)
-        ctypes.memmove(context.buffer, self._state.env, ui.CONTEXT_SIZE)
+        settle_flags(v64, self._v32, flags)
+        context.view[:] = self._image
         context.engine = None
         self.loaded = None
 
@@ -503,15 +527,21 @@ class UnicornX86(HvmPart):
         """Execute the loaded context."""
         if self.loaded is None:
             raise InternalError("run without a context")
-        if deadline_ns is not None and deadline_ns <= self._clock.now_ns():
+        if not self._deadline.enter(deadline_ns):
             return Exit.KICK
+        self._deadline_ns = deadline_ns
         self._thread = threading.get_ident()
         self._running = True
         if self._posted or self._flush_all:
             self._forget_posted()
-        self._alarm.set(deadline_ns)
-        status = self._lib.emu_start(self._handle, self.gpr[RIP], 0, 0, 0)
+        while True:
+            status = self._lib.emu_start(self._handle, self.gpr[RIP], 0, 0, 0)
+            # An early alarm is no reason to leave; a moment from now it would have been the next run's.
+            if status or self._kicked or not self._deadline.set(self._deadline_ns):
+                break
         self._running = False
+        # Kicks up to here are answered by this return: their senders have posted what it is about.
+        self._kicked = False
         if self._failure is not None:
             failure, self._failure = self._failure, None
             self._stopping = False
@@ -527,14 +557,8 @@ class UnicornX86(HvmPart):
 
     def set_deadline(self, deadline_ns: int | None) -> None:
         """Move the deadline of the run in progress."""
-        if deadline_ns is not None and deadline_ns <= self._clock.now_ns():
-            self.kick()
-        else:
-            self._alarm.set(deadline_ns)
-
-    def _deadline_passed(self) -> None:
-        """A run that a handler stopped early leaves its deadline behind: that is not the next one's."""
-        if self._running:
+        self._deadline_ns = deadline_ns
+        if not self._deadline.set(deadline_ns):
             self.kick()
 
     def stop(self) -> None:
@@ -544,6 +568,10 @@ class UnicornX86(HvmPart):
 
     def kick(self) -> None:
         """Make :meth:`run` return at the next block boundary."""
+        self._kicked = True
+        self._halt()
+
+    def _halt(self) -> None:
         self._interrupt[0] = ui.INTERRUPT_HALT
         self._icount[0] = 0xffff
 
@@ -597,7 +625,7 @@ class UnicornX86(HvmPart):
         if self._uc is None:
             return
         self._memory.remove_listener(self.invalidate)
-        self._alarm.cancel()
+        self._deadline.cancel()
         self.unload()
         # The windows into the engine must not outlive it.
         self._state.release()
