@@ -115,7 +115,7 @@ def test_shares_follow_weights(tmp_path: Path) -> None:
     spin = write_kernel(tmp_path / "spin", then="spin")
 
     async def main() -> float:
-        async with pyxen.Host(memory="64M") as host:
+        async with pyxen.Host(memory="64M", cpus=1) as host:
             light = await host.create(config(spin, "light", "cpu_weight = 256"))
             heavy = await host.create(config(spin, "heavy", "cpu_weight = 768"))
             await asyncio.sleep(0.5)

@@ -71,7 +71,7 @@ async def test_code_changed_on_one_engine_is_what_the_other_executes(
         domain = await host.create(config(kernel, "selfmod"))
         count = await bounce(host, domain, 400)
         assert count > 20
-        assert all(pcpu.entries > 100 for pcpu in host.hypervisor.pcpus)
+        assert all(pcpu.entries > 10 for pcpu in host.hypervisor.pcpus)
 
 
 @in_loop

@@ -301,12 +301,12 @@ def test_modelled_pcpus_show_but_do_not_run() -> None:
 def test_thousands_of_vcpus_none_starves() -> None:
     machine = Machine(4, nr_cpus=64)
     rng = random.Random(7)
-    domains = [machine.domain(vcpus=rng.choice((1, 2, 4, 8, 32)), weight=256) for _ in range(250)]
+    domains = [machine.domain(vcpus=rng.choice((4, 8, 32)), weight=256) for _ in range(150)]
     assert sum(len(domain.vcpus) for domain in domains) > 2000
-    machine.run_for(5 * S // 2)
+    machine.run_for(3 * S // 2)
     starved = [vcpu for domain in domains for vcpu in domain.vcpus if not machine.scheduler.vcpu_cpu_time(vcpu)]
     assert not starved
-    assert sum(map(cpu_time, domains)) > 0.99 * 4 * 5 * S // 2
+    assert sum(map(cpu_time, domains)) > 0.98 * 4 * 3 * S // 2
 
 
 @pytest.mark.parametrize("seed", range(6))

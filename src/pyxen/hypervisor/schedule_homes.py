@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.sched.base import Scheduler
     from pyxen.hypervisor.vcpu import Vcpu
 
+HOME_REST_NS: Final = 1_000_000
+"""How long a domain stays at least where it came to: two pCPUs that both want it must not pass it to and fro for
+ever."""
 HOME_TURN_NS: Final = 5_000_000
 """How long a domain stays where it is being executed, although another pCPU claims it."""
 
@@ -203,7 +206,9 @@ class Homes:
     def claim(self, domain: Domain, cpu: int) -> None:
         """Ask ``domain``'s home to hand it over to ``cpu``. Without locks."""
         home = self._cpus.get(domain.home)
-        if home is not None and home.index != cpu and domain.leaving < 0:
+        if home is None or home.index == cpu or domain.leaving >= 0:
+            return
+        if home.claims.get(domain) != cpu:  # else it knows, and looks again when the domain may leave
             home.claims[domain] = cpu
             home.pcpu.request_resched()
 
@@ -212,8 +217,9 @@ class Homes:
         again: int | None = None
         executing = data.current.domain if data.current is not None and data.current.runnable else None
         for domain, wanting in list(data.claims.items()):
-            until = domain.home_since_ns + HOME_TURN_NS
-            if domain is executing and now < until:
+            stay = HOME_TURN_NS if domain is executing else min(HOME_TURN_NS, HOME_REST_NS)
+            until = domain.home_since_ns + stay
+            if now < until:
                 again = until if again is None else min(again, until)
                 continue
             data.claims.pop(domain, None)
