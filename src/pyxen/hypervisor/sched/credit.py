@@ -143,15 +143,13 @@ class _CreditCpu:
                 self.directed = None
 
     def sibling(self, sdom: _CreditDomain) -> _CreditVcpu | None:
-        """The queued vCPU of ``sdom`` that runs next: the one an IPI went to, else the first of the highest
-        priority."""
+        """The queued vCPU of ``sdom`` that runs next: the one an IPI went to, else the one that waits longest.
+
+        Whatever its priority: within a domain vCPUs wait for each other, and those in debt may have what the others
+        spin for."""
         if self.directed is not None and self.directed.domain is sdom:
             return self.directed
-        best: _CreditVcpu | None = None
-        for svc in self.siblings.get(sdom, ()):
-            if best is None or svc.priority > best.priority:
-                best = svc
-        return best
+        return next(iter(self.siblings.get(sdom, ())), None)
 
 
 class _Claim(NamedTuple):
