@@ -92,9 +92,12 @@ static s64 carry_out(u32 cpu, u32 what)
             port = timer[cpu] = bind_virq(VIRQ_TIMER, cpu);
         if (port < 0)
             return port;
-        struct { u64 timeout; u32 flags; } one = { now_ns() + 3 * MS, 0 };
-        u64 period = 2 * MS, seen = event_count[port], start = now_ns();
         s64 rc = HC3(vcpu_op, VCPUOP_stop_periodic_timer, cpu, 0);
+        events_on();                            /* a tick may have come before that */
+        wait_a_little();
+        events_off();
+        u64 period = 2 * MS, seen = event_count[port], start = now_ns();
+        struct { u64 timeout; u32 flags; } one = { start + 3 * MS, 0 };
         if (!rc)
             rc = HC3(vcpu_op, VCPUOP_set_singleshot_timer, cpu, &one);
         if (rc)
