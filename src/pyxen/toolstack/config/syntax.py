@@ -165,7 +165,7 @@ class _Parser:
         near, line = _quoted(self.token), self.line
         if self.kind == "NEWLINE":
             comment = self.token.rstrip("\n")
-            near, line = _quoted(comment) if comment else "<newline>", line - 1
+            near, line = _quoted(comment.rstrip()) if comment else "<newline>", line - 1
         self._report(near, f"syntax error, unexpected {self.kind}, expecting {expecting}", line=line)
 
     def _recover(self) -> None:
