@@ -113,14 +113,22 @@ def test_a_load_before_does_not_hide_a_store(dirty: Dirty) -> None:
     assert dirty.run(bytes.fromhex("488b06488906")) == {PAGE}
 
 
-def test_loading_a_context_flushes(dirty: Dirty) -> None:
-    store = bytes.fromhex("488906")
-    assert dirty.run(store) == {PAGE}
-    context = dirty.cpu.loaded
-    assert context is not None
-    dirty.cpu.unload()
-    dirty.cpu.load(context)
-    assert dirty.run(store) == {PAGE}
+def test_each_context_is_flushed_for_itself(dirty: Dirty) -> None:
+    """Contexts keep translations of their own while others run."""
+    store, cpu = bytes.fromhex("488906"), dirty.cpu
+    contexts = [cpu.loaded, cpu.new_context()]
+    for context in contexts:
+        assert context is not None
+        cpu.load(context)
+        cpu.set_cr3(ROOT)
+        assert dirty.run(store) == {PAGE}
+    for flushed in (0, 1, 0):
+        for number in (0, 1, 0):
+            cpu.load(contexts[number])  # type: ignore[arg-type]
+            if number == flushed:
+                cpu.flush_tlb()
+            found = dirty.run(store)
+            assert found == {PAGE} or (number != flushed and not found)
 
 
 def test_without_a_map_nothing_is_marked(dirty: Dirty) -> None:
