@@ -86,6 +86,24 @@ def test_optional_patches_stay_off_where_they_do_not_fit() -> None:
             Tampered(lib, tlb_set_dirty_x86_64=b"\x90" * 4096), page)  # type: ignore[arg-type]
 
 
+def test_a_tlb_that_does_not_mark_its_entries_is_refused() -> None:
+    """Log-dirty counts on it. (The patched place of notdirty_write is made to fit again.)"""
+    lib = ui.library()
+    page = CodePage(lib.address("helper_syscall_x86_64"))
+    head = bytes.fromhex(unicorn_dirty._NOTDIRTY_HEAD.replace("DDDD", "00000000"))
+    content = bytearray(lib.code("tlb_set_dirty_x86_64", 4096))
+    found = ui.pattern(unicorn_dirty._NOTDIRTY_HEAD).search(content)
+    assert found is not None
+    test = bytes.fromhex(unicorn_dirty._NOTDIRTY_TEST.replace("BB", "7c"))
+    content[found.start() + len(head) : found.start() + len(head) + len(test)] = test
+    fits = {"tlb_set_dirty_x86_64": bytes(content)}
+    unicorn_dirty.prepare_notdirty_write(Tampered(lib, **fits), page)  # type: ignore[arg-type]
+    other = lib.code("tlb_set_page_with_attrs_x86_64", 4096).replace(bytes.fromhex("4981c900040000"), b"\x90" * 7)
+    fits["tlb_set_page_with_attrs_x86_64"] = other
+    with pytest.raises(EngineError, match="does not mark"):
+        unicorn_dirty.prepare_notdirty_write(Tampered(lib, **fits), page)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("symbol", ["cpu_abort_x86_64", "helper_sysret_x86_64"])
 def test_other_code_for_nested_paging_is_refused(symbol: str) -> None:
     lib = ui.library()

@@ -92,6 +92,7 @@ class FakeDomain:
         self.domid = domid
         self.is_privileged = privileged
         self.dying = Dying.ALIVE
+        self.log_dirty = None
         self.tot_pages = 0
         self.max_pages = 1 << 20
         self.max_vcpus = max(vcpus, 1)

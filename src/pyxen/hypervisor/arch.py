@@ -13,7 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.log_dirty import LogDirty
     from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.machine.cpu.base import Cpu, Traps
 
@@ -101,6 +104,24 @@ class ArchDomain(Protocol):
 
     def relinquish_memory(self) -> bool:
         """A slice of giving a dying domain's memory back; True when nothing is left to do."""
+        ...
+
+    # paging_log_dirty_init(): how this kind of guest notices writes. The domain is paused.
+
+    def log_dirty_start(self) -> None:
+        """Notice writes from here on, and tell ``domain.log_dirty``. XenError(ENOMEM)."""
+        ...
+
+    def log_dirty_stop(self) -> None:
+        """No more. XenError(ENOMEM)."""
+        ...
+
+    def log_dirty_collect(self, log: LogDirty) -> None:
+        """Tell ``log`` what it has not been told yet."""
+        ...
+
+    def log_dirty_clean(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Notice the next write to these (first gfn, count) again."""
         ...
 
     def release(self) -> None:

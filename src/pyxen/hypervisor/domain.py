@@ -19,6 +19,7 @@ from pyxen.hypervisor.lock import TicketLock
 if TYPE_CHECKING:
     from pyxen.hypervisor.arch import ArchDomain
     from pyxen.hypervisor.event_channel import EventChannels
+    from pyxen.hypervisor.foreign_map import Mapping
     from pyxen.hypervisor.grant_table import GrantTable
     from pyxen.hypervisor.hypervisor import Hypervisor
     from pyxen.hypervisor.log_dirty import LogDirty
@@ -93,6 +94,10 @@ class Domain:
         self.hvm: HvmDomain
         self.log_dirty: LogDirty | None = None
         """While the frames that are written are remembered (log_dirty.py)."""
+        self.mappings_lock = threading.Lock()
+        """Leaf; guards writable_mappings."""
+        self.writable_mappings: set[Mapping] = set()
+        """Foreign mappings through which dom0's software may write at any time."""
         # Scheduler's private data and its parameters
         self.sched_data: object = None
         self.watchdogs: list[Timer | None] = []

@@ -39,6 +39,9 @@ class Mapping:
         self.pieces: tuple[memoryview, ...] = tuple(v if writable else v.toreadonly() for v in views)
         """The frames in order, as memory that is contiguous within each piece."""
         self._open = True
+        if writable:
+            with domain.mappings_lock:
+                domain.writable_mappings.add(self)
 
     @property
     def view(self) -> memoryview:
@@ -79,9 +82,10 @@ class Mapping:
         """Tell the engines, and log-dirty, that these frames changed."""
         for run in self._runs:
             self._hypervisor.memory.written(run.start, len(run))
-        self._mark_dirty()
+        self.mark_dirty()
 
-    def _mark_dirty(self) -> None:
+    def mark_dirty(self) -> None:
+        """Tell log-dirty only."""
         log = self._domain.log_dirty
         if log is not None:
             for run in self._runs:
@@ -96,9 +100,9 @@ class Mapping:
                     piece.release()
             finally:
                 if self._writable:
-                    self._mark_dirty()
-                    if self._domain.log_dirty is not None:
-                        self._domain.log_dirty.unpin(self)
+                    self.mark_dirty()  # its last writes may be news
+                    with self._domain.mappings_lock:
+                        self._domain.writable_mappings.discard(self)
                 for run in self._runs:
                     put_frames(self._hypervisor, run, self._writable)
                 self._hypervisor.reap()  # a dead domain's last frames may have waited for us
@@ -161,7 +165,4 @@ def foreign_map(hypervisor: Hypervisor, domain: Domain, gfn: int, count: int, wr
             for run in held:
                 put_frames(hypervisor, run, writable)
             raise
-    mapping = Mapping(hypervisor, domain, runs, writable)
-    if writable and domain.log_dirty is not None:
-        domain.log_dirty.pin(mapping, runs)
-    return mapping
+    return Mapping(hypervisor, domain, runs, writable)

@@ -9,6 +9,7 @@ counts the frames it owns, whoever else maps them; xenheap pages that are shared
 from __future__ import annotations
 
 import errno
+import re
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -70,8 +71,10 @@ class FrameTable(References):
         return self.m2p.frames
 
     def set_gpfn(self, mfn: int, gpfn: int) -> None:
-        """set_gpfn_from_mfn(). ``mfn`` must be a frame of this machine."""
+        """set_gpfn_from_mfn(), and the pfn is dirty: it has another frame now. ``mfn`` must be a frame of this
+        machine."""
         self.m2p.set(mfn, gpfn)
+        self.mark_dirty(mfn)
 
     def get_gpfn(self, mfn: int) -> int:
         """get_gpfn_from_mfn()."""
@@ -244,6 +247,7 @@ class FrameTable(References):
             if not refused:
                 self.memory.q[(mfn << 9) + (index & 511)] = descriptor
                 self.memory.written(mfn)
+                self.mark_dirty(mfn)
                 self.put_type(mfn)
             self.put(mfn)
             return not refused
@@ -351,6 +355,18 @@ class FrameTable(References):
                 at = chunk.find(needle, at + 1)
             start += OWNER_SCAN
         return -1
+
+    def owned_runs(self, domain: Domain) -> Iterator[range]:
+        """The same as :meth:`owned_by`, as runs of at most :data:`OWNER_SCAN` frames."""
+        word = (domain.domid | OWNED).to_bytes(2, "little")
+        run = re.compile(b"(?:" + re.escape(word) + b")+", re.DOTALL)
+        owners = self.owner.cast("B")
+        mfn = self.next_owned(domain.domid, 0)
+        while mfn >= 0:
+            found = run.match(bytes(owners[mfn * 2 : (mfn + OWNER_SCAN) * 2]))
+            end = mfn + (found.end() // 2 if found else 1)  # none: it has just changed hands
+            yield range(mfn, end)
+            mfn = self.next_owned(domain.domid, end)
 
     def pages_held(self, domain: Domain) -> int:
         """Frames that still name this domain as owner; its domid may be used again only at zero."""

@@ -217,6 +217,16 @@ class References:
             if domain is not None and not domain.dying:
                 self.flush(domain)
 
+    # --- log-dirty -------------------------------------------------------------------------------------
+
+    def mark_dirty(self, mfn: int) -> None:
+        """paging_mark_dirty(): the content of a frame of this machine has changed, behind the back of what notices
+        its owner's own writes. Any thread."""
+        domain = self.domains.get(self.owner[mfn] & ~OWNED)
+        log = None if domain is None else domain.log_dirty
+        if log is not None:
+            log.mark(self.m2p.get(mfn))
+
     # --- general references, lock held ------------------------------------------------------------
 
     def get(self, mfn: int, domid: int) -> bool:
@@ -308,6 +318,7 @@ class References:
         # The type count was left at 1 when PGT_PARTIAL was set.
         self.type_info[mfn] = x & ~PGT_PARTIAL if was_partial else x + 1
         rc = self.validator.validate(mfn, page_type)
+        self.mark_dirty(mfn)  # validation may adjust entries; a table is dirty as long as it is one
         if not rc:
             self.type_info[mfn] |= PGT_VALIDATED
         elif rc == -ERESTART or self.failed == mfn:
@@ -344,6 +355,7 @@ class References:
         if not x & PGT_PARTIAL:
             self.partial[mfn] = (512, False)
         rc = self.validator.devalidate(mfn, x & PGT_TYPE_MASK)
+        self.mark_dirty(mfn)  # free_page_type(): the last of its accessed and dirty bits
         if rc:
             self.count_info[mfn] += 1
             self.type_info[mfn] |= PGT_PARTIAL

@@ -13,6 +13,7 @@ from pyxen.abi.xen import DOMID_FIRST_RESERVED, DOMID_IO, DOMID_SELF, DOMID_XEN,
 from pyxen.errors import XenError
 from pyxen.hypervisor.conlog import ConsoleLog
 from pyxen.hypervisor.cpupool import CpuPools
+from pyxen.hypervisor.dirty_map import DirtyMap
 from pyxen.hypervisor.domain import Domain, Dying, ShutdownCode
 from pyxen.hypervisor.event_channel import EventChannels
 from pyxen.hypervisor.frames import FrameTable
@@ -68,6 +69,7 @@ class Hypervisor:
         self.hvm_hypercalls = build_hvm_table()
         self.enosys_seen: set[tuple[int, int]] = set()
         self.rendezvous = Rendezvous()
+        self.dirty_map = DirtyMap(memory.nr_frames, engines)
         self.scheduler = Schedule(self)
         self.pcpus = [Pcpu(self, engine) for engine in engines]
         for pcpu in self.pcpus:

@@ -4,32 +4,30 @@ paging_log_dirty_op; hap_enable_log_dirty).
 
 Who writes, and how it is noticed:
 
-* the guest: its frames are write-protected; the first write faults, marks the frame and makes it writable again;
+* the guest under nested paging: its frames are write-protected; the first write faults, marks the frame and makes it
+  writable again. Of a PV guest: see :mod:`pyxen.hypervisor.x86.pv.log_dirty`;
 * the hypervisor on the guest's behalf (copies to guest memory, grant copies, a back end that says ``written``):
   they call :meth:`LogDirty.mark` or :meth:`LogDirty.mark_frames`;
 * whoever holds a writable mapping (grants, foreign mappings), and the hypervisor where it stores all the time (shared
   info, a registered vcpu_info): those frames are *pinned*, that is dirty whenever anyone asks.
 
-Frames are named as the guest names them (gfn). The bitmap grows with the highest frame that was ever written.
+Frames are named as the guest names them (gfn, pfn). The bitmap grows with the highest frame that was ever written.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyxen.errors import XenError
 from pyxen.hypervisor.x86.hvm.p2m_table import GFN_BITS
-from pyxen.hypervisor.x86.hvm.p2m_types import P2mType
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
 
 MAX_PAGES: Final = 1 << GFN_BITS
-_PROTECT: Final = {P2mType.RAM_RW: P2mType.RAM_LOGDIRTY}
-_UNPROTECT: Final = {P2mType.RAM_LOGDIRTY: P2mType.RAM_RW}
 
 
 class DirtyStats(NamedTuple):
@@ -47,20 +45,25 @@ class LogDirty:
         self.lock = threading.Lock()
         self.bitmap = bytearray()
         self.fault_count = 0
-        self._pinned: dict[object, tuple[range, ...]] = {}
-        """By holder: machine frames that it may write at any time."""
 
     def mark(self, gfn: int, count: int = 1) -> None:
         """paging_mark_pfn_dirty(). Any thread."""
-        if gfn < 0 or gfn + count > MAX_PAGES:
-            return
+        if gfn >= 0 and gfn + count <= MAX_PAGES:
+            self.mark_many(range(gfn, gfn + count))
+
+    def mark_many(self, gfns: Sequence[int], faults: int = 0) -> None:
+        """:meth:`mark` of each; those that are no frame numbers are passed over. ``faults``: for the statistics."""
         with self.lock:
+            self.fault_count += faults
             bitmap = self.bitmap
-            need = (gfn + count + 7) // 8
-            if len(bitmap) < need:
-                bitmap.extend(bytes(need - len(bitmap) + 4096))
-            for frame in range(gfn, gfn + count):
-                bitmap[frame >> 3] |= 1 << (frame & 7)
+            size = len(bitmap)
+            for gfn in gfns:
+                if 0 <= gfn < MAX_PAGES:
+                    at = gfn >> 3
+                    if at >= size:
+                        bitmap.extend(bytes(at - size + 4097))
+                        size = len(bitmap)
+                    bitmap[at] |= 1 << (gfn & 7)
 
     def mark_frames(self, mfn: int, count: int = 1) -> None:
         """paging_mark_dirty(): the same by machine frames, wherever the domain has them. Any thread."""
@@ -68,25 +71,13 @@ class LogDirty:
         for frame in range(mfn, mfn + count):
             self.mark(get(frame))
 
-    def pin(self, holder: object, runs: Iterable[range]) -> None:
-        """Frames that ``holder`` may write until it calls :meth:`unpin`."""
-        with self.lock:
-            self._pinned[holder] = tuple(runs)
-
-    def unpin(self, holder: object) -> None:
-        """Its last writes may be news."""
-        with self.lock:
-            runs = self._pinned.pop(holder, ())
-        for run in runs:
-            self.mark_frames(run.start, len(run))
-
     def mark_pinned(self) -> None:
         """Mark everything that somebody may have written without saying so."""
         domain = self.domain
-        with self.lock:
-            runs = [run for held in self._pinned.values() for run in held]
-        for run in runs:
-            self.mark_frames(run.start, len(run))
+        with domain.mappings_lock:
+            mappings = list(domain.writable_mappings)
+        for mapping in mappings:
+            mapping.mark_dirty()
         if domain.shared_info_mfn:
             self.mark_frames(domain.shared_info_mfn)
         for mfn in domain.grant_table.frames:
@@ -122,20 +113,16 @@ def _on(domain: Domain) -> LogDirty:
 
 
 def enable(domain: Domain) -> None:
-    """paging_log_dirty_enable(). XenError: EINVAL if it is on or the domain dies, EOPNOTSUPP for a PV domain (whose
-    frames run under no nested table here)."""
-    if domain.log_dirty is not None or domain.dying:
-        raise XenError(errno.EINVAL)
-    if not domain.is_hvm:
-        raise XenError(errno.EOPNOTSUPP, "log-dirty of PV domains is not there yet")
+    """paging_log_dirty_enable(). XenError: EINVAL if it is on or the domain dies, ENOMEM."""
     scheduler = domain.hypervisor.scheduler
     scheduler.domain_pause(domain)
     try:
-        log = LogDirty(domain)
-        domain.log_dirty = log
+        with domain.lock:
+            if domain.log_dirty is not None or domain.dying:
+                raise XenError(errno.EINVAL)
+            domain.log_dirty = LogDirty(domain)
         try:
-            p2m = domain.hvm.p2m
-            p2m.change_type_range(0, p2m.max_mapped_gfn + 1, _PROTECT)
+            domain.arch.log_dirty_start()
         except XenError:
             domain.log_dirty = None
             raise
@@ -149,8 +136,7 @@ def disable(domain: Domain) -> None:
     scheduler = domain.hypervisor.scheduler
     scheduler.domain_pause(domain)
     try:
-        p2m = domain.hvm.p2m
-        p2m.change_type_range(0, p2m.max_mapped_gfn + 1, _UNPROTECT)
+        domain.arch.log_dirty_stop()
         domain.log_dirty = None
     finally:
         scheduler.domain_unpause(domain)
@@ -174,6 +160,7 @@ def _read(domain: Domain, start: int, pages: int, *, clean: bool) -> tuple[bytes
     scheduler.domain_pause(domain)
     try:
         log.mark_pinned()
+        domain.arch.log_dirty_collect(log)
         with log.lock:
             data, count = log.extract(start, pages)
             stats = DirtyStats(log.fault_count, count)
@@ -182,10 +169,7 @@ def _read(domain: Domain, start: int, pages: int, *, clean: bool) -> tuple[bytes
                 log.forget(start, bits)
                 log.fault_count = 0
         if clean:
-            p2m = domain.hvm.p2m
-            for first, size in _set_runs(bits):
-                p2m.protect(start + first, size)
-            p2m.flush()
+            domain.arch.log_dirty_clean((start + first, size) for first, size in _set_runs(bits))
         return data, stats
     finally:
         scheduler.domain_unpause(domain)

@@ -87,7 +87,7 @@ def _reservation(caller: Caller, operation: int, start: int, arg: int) -> int:
             first = frames.alloc_domheap(domain, order)
             if populate:
                 for i in range(size):
-                    frames.m2p.set(first + i, gpfn + i & MASK64)
+                    frames.set_gpfn(first + i, gpfn + i & MASK64)
             if populate or (extents and not domain.is_hvm):
                 caller.write_u64(extents + done * 8, first)
         except XenError:
@@ -329,7 +329,7 @@ def _exchange_chunk(caller: Caller, domain: Domain, given: tuple[int, int, int],
     got = frames.exchange(domain, mfns, count, order)
     for gpfn, mfn in zip(gpfns, got, strict=True):
         for i in range(1 << order):
-            frames.m2p.set(mfn + i, gpfn + i & MASK64)
+            frames.set_gpfn(mfn + i, gpfn + i & MASK64)
     caller.write(at, struct.pack(f"<{count}Q", *got))
 
 

@@ -388,6 +388,8 @@ class PrivCmd(HvmControl, SchedulerCalls):
         for run in runs:
             frames.m2p.set_run(run.start, array("Q", pfns[done : done + len(run)]))
             done += len(run)
+        if domain.log_dirty is not None:
+            domain.log_dirty.mark_many(pfns)
         return runs
 
     def set_memory_map(self, domid: int, entries: Sequence[tuple[int, int, int]]) -> None:

@@ -123,7 +123,7 @@ class HvmControl(Control):
 
     def log_dirty_enable(self, domid: int) -> None:
         """XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY: from now on every frame that is written is remembered. EINVAL if it
-        is on, EOPNOTSUPP for a PV domain."""
+        is on, ENOMEM."""
         from pyxen.hypervisor import log_dirty
 
         log_dirty.enable(self._target(domid, Domctl.SHADOW_OP))

@@ -68,4 +68,5 @@ def _fill(domain: Domain, mfn: int, data: bytes) -> None:
         raise XenError(errno.EACCES)
     frames.memory.write(mfn << 12, data)
     frames.memory.written(mfn)
+    frames.mark_dirty(mfn)
     frames.put_page_and_type(mfn)

@@ -389,6 +389,16 @@ class Cpu(Protocol):
         """:meth:`invalidate` at once. Outside of :meth:`run`."""
         ...
 
+    def set_dirty_map(self, frames: memoryview | None) -> None:
+        """From any thread: remember which frames guest code writes. ``frames``, a writable byte for each frame of RAM,
+        shared with whom one likes: byte n is set to 1 before a context's first store to frame n after a flush of its
+        TLB (:meth:`flush_tlb`, :meth:`set_cr3`), and perhaps with later ones. None: no more.
+
+        Who wants to know of the next store clears the byte and flushes every context that may store there, when it is
+        loaded again. What the CPU stores by itself while it walks
+        page tables (accessed and dirty bits) is not noticed."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -116,6 +116,7 @@ class ScriptedCpu(ScriptedHvm):
         self._kicked = threading.Event()
         self._stopping = False
         self._running = False
+        self._dirty_map: memoryview | None = None
         self._alarm = (alarms if alarms is not None else AlarmClock(clock)).alarm(self.kick)
         memory.add_listener(self.invalidate)
 
@@ -284,6 +285,10 @@ class ScriptedCpu(ScriptedHvm):
                 self.traps.cpuid(rip)
                 value = (gpr[RAX], gpr[RBX], gpr[RCX], gpr[RDX])
             case Store():
+                dirty = self._dirty_map
+                if dirty is not None:
+                    for frame in range(step.maddr >> 12, (step.maddr + len(step.data) + 0xfff) >> 12):
+                        dirty[frame] = 1
                 self._memory.write(step.maddr, step.data)
             case Load():
                 value = self._memory.read(step.maddr, step.size)
@@ -350,6 +355,10 @@ class ScriptedCpu(ScriptedHvm):
 
     def forget_code(self, maddr: int, size: int) -> None:
         """There is none."""
+
+    def set_dirty_map(self, frames: memoryview | None) -> None:
+        """Every :class:`Store` marks its frames."""
+        self._dirty_map = frames
 
     def close(self) -> None:
         """Forget scripts and alarms."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""Which stores must look for translated code, decided as QEMU does: by the page they hit.
+"""Which stores must look for translated code, decided as QEMU does: by the page they hit. And which pages were hit.
 
 QEMU marks the TLB entries of a page "not dirty" when the page gets its first translation, under all its virtual
 addresses, and
@@ -15,7 +15,15 @@ The patches restore the original rule:
 * ``tlb_protect_code`` (a page gets its first translation): mark every TLB entry of that page;
 * ``tlb_reset_dirty_by_vaddr``: nothing, the above has done it;
 * ``notdirty_write`` (a store hit a marked entry, and translations in its range are gone): unmark if the page holds
-  no translation.
+  no translation. QEMU unmarks what has that virtual address in *every* part of the TLB; with two address spaces in it
+  (``unicorn_spaces``) that may be another page, so we unmark the one entry.
+
+Every entry that a store may use is marked when it is filled (``tlb_set_page_with_attrs`` in this build asks nobody),
+whoever fills it: generated code, helpers, probes, a return from the victim TLB keeps the mark. So after a flush the
+first store to each page comes through ``notdirty_write``, before it is done. That is log-dirty for guests that have no
+nested table to protect: if the engine has a *dirty map* (a byte for each frame, ``unicorn_hvm.DIRTY_MAP`` in its
+block), the frame's byte becomes 1 there, without leaving generated code. The page walker's own stores (accessed and
+dirty bits) go another way and are not seen.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
+from pyxen.machine.cpu import unicorn_hvm
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.unicorn_code import JAE, JE, JLE, JMP, JNE, Code, CodePage, jump
 
@@ -34,12 +43,18 @@ _UC_L1_MAP, _UC_L1_SIZE, _UC_L1_SHIFT, _UC_L2_LEVELS = 0x2e0, 0x2f0, 0x2f4, 0x2f
 _MEMORY_REGION_PERMS = 0x88
 
 # notdirty_write: cmp qword [rbp+addr_write], -1; je; mov rax, [r15+uc]; mov eax, [rax+snapshot_level];
-# cmp [r9+priority], eax; jl; then the test to be replaced: cmp qword [rbp+addr_code], -1; je; and the way out.
+# cmp [r9+priority], eax; jl; then the test to be replaced: cmp qword [rbp+addr_code], -1; je; and the way out. (RAM has
+# priority 0 and the snapshot level is 0, so every store to it comes as far as that test.)
 _NOTDIRTY_HEAD = "48837d08ff 7413 498b87DDDD 8b80DDDD 4139415c 7c07"
 _NOTDIRTY_TEST = "48837d10ff 74BB"
 _NOTDIRTY_LEAVE = "4883c428 5b 5d 415c 415d 415e 415f c3"
 _NOTDIRTY_SAVE = bytes.fromhex("4c895c2410")      # mov [rsp+16], r11: the RAM address, while translations are removed
 _SEARCH = 0x1000
+_TLB_NOTDIRTY = 1 << 10
+
+# tlb_set_page_with_attrs: test byte [rsp+prot], PAGE_WRITE; je; mov rsi, [rsp+section]; or r9, TLB_NOTDIRTY;
+# cmp byte [rsi+readonly], 0; je. The mark depends on nothing else.
+_ALWAYS_MARKED = "f644242c02 0f84DDDD 488b742410 4981c900040000 807e3000 0f84DDDD"
 
 
 def _protect_code(lib: ui.Library, code: Code) -> None:
@@ -134,22 +149,33 @@ def prepare_notdirty_write(lib: ui.Library, page: CodePage) -> tuple[int, bytes]
     entry = start + found.start() + head
     leave = entry + len(bytes.fromhex(_NOTDIRTY_TEST.replace("BB", "00")))
     set_dirty = leave + found.group(3)[0]
+    if ui.pattern(_ALWAYS_MARKED).search(lib.code("tlb_set_page_with_attrs_x86_64", _SEARCH)) is None:
+        raise ui.unknown_build("the TLB does not mark what it is filled with")
     code = page.begin()
     # r15 = cpu, rbp = the TLB entry, r9 = the memory region, [rsp+16] = RAM address if the region is executable
     code.raw("498bbf d", ui.CPU_UC)                            # mov rdi, [r15+uc]
     code.raw("80bf d 00", lib.uc_no_exit_request)              # cmp byte [rdi+no_exit_request], 0
-    code.branch(JE, "original")
-    code.raw("41f681 d 04", _MEMORY_REGION_PERMS)              # test byte [r9+perms], UC_PROT_EXEC
-    code.branch(JE, "original")
+    code.far(JE, "original")
+    code.raw("41f681 d 04", _MEMORY_REGION_PERMS)              # test byte [r9+perms], UC_PROT_EXEC: RAM is, always
+    code.far(JE, "unmark")
     code.raw("488b442410 48c1e80c")                            # mov rax, [rsp+16]; shr rax, 12
+    code.raw("498b8f d 4885c9", lib.cpu_env + ui.MTRR_DEFTYPE)  # mov rcx, [r15+…]: the block; test rcx, rcx
+    code.branch(JE, "no map")
+    code.raw("488b89 d 4885c9", unicorn_hvm.DIRTY_MAP)         # mov rcx, [rcx+dirty map]; test rcx, rcx
+    code.branch(JE, "no map")
+    code.raw("c6040101")                                       # mov byte [rcx+rax], 1
+    code.label("no map")
     _find_page(code, absent="unmark")
     code.branch(JE, "unmark")
     code.jump(leave)
+    code.label("unmark")
+    code.raw("816508 d", ~_TLB_NOTDIRTY)                       # and dword [rbp+addr_write], ~TLB_NOTDIRTY
+    code.jump(leave)
     code.label("original")
     code.raw("48837d10ff")                                     # cmp qword [rbp+addr_code], -1
-    code.branch(JE, "unmark")
+    code.branch(JE, "set dirty")
     code.jump(leave)
-    code.label("unmark")
+    code.label("set dirty")
     code.jump(set_dirty)
     page.place(code)
     return entry, jump(entry, code.address).ljust(leave - entry, b"\x90")

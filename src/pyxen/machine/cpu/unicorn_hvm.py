@@ -36,6 +36,7 @@ WALKING = 0xe38         # byte: the last nested walk was for a page-table entry
 NMI = 0xe40             # u32: an NMI waits
 PAUSE_EXITS = 0xe44     # u32
 NOWHERE = 0xe48         # u32: permissions nobody asked for
+DIRTY_MAP = 0xe50       # address of a byte for each frame of RAM, or 0: unicorn_dirty
 
 VALID = 1 << 31
 TYPE_INTERRUPT, TYPE_NMI, TYPE_EXCEPTION, TYPE_SOFTWARE = 0 << 8, 2 << 8, 3 << 8, 4 << 8

@@ -29,6 +29,7 @@ from pyxen.machine.cpu.unicorn_hvm_context import (
 
 if TYPE_CHECKING:
     from pyxen.machine.cpu.unicorn_context import UnicornContext
+    from pyxen.machine.memory import Memory
 
 _U64 = (1 << 64) - 1
 _U32 = 0xffffffff
@@ -65,6 +66,8 @@ class HvmPart:
         loaded: UnicornContext | None
         _lib: ui.Library
         _handle: Any
+        _uc: Any
+        _memory: Memory
         _state: ui.State
         _v32: memoryview
         _v64: memoryview
@@ -118,6 +121,19 @@ class HvmPart:
     if TYPE_CHECKING:
         def _hook(self, kind: int, callback: Any, instruction: int | None = None, low: int = 1, high: int = 0,
                   data: Any = None) -> None: ...
+
+    def set_dirty_map(self, frames: memoryview | None) -> None:
+        """See :meth:`Cpu.set_dirty_map <pyxen.machine.cpu.base.Cpu.set_dirty_map>`."""
+        if self._uc is None:
+            return
+        address = 0
+        if frames is not None:
+            if frames.nbytes << 12 < self._memory.size_bytes:
+                raise InternalError("a dirty map that is smaller than RAM")
+            address = ctypes.addressof(ctypes.c_ubyte.from_buffer(frames))
+            if not any(kept is frames for kept in self._keep):
+                self._keep.append(frames)                  # generated code may be in the middle of using it
+        self._block64[hvm.DIRTY_MAP >> 3] = address        # one store, which generated code reads as one
 
     def _release_block(self) -> None:
         for view in (self._block32, self._block64, self._block):

@@ -13,13 +13,17 @@ from pyxen.hypervisor.frames_types import budget_from_now
 from pyxen.hypervisor.x86.hvm.cpuid import HvmCpuidPolicy
 from pyxen.hypervisor.x86.hvm.io import PlatformIo
 from pyxen.hypervisor.x86.hvm.p2m import P2m
+from pyxen.hypervisor.x86.hvm.p2m_types import P2mType
 from pyxen.hypervisor.x86.hvm.paging_pool import PagingPool, default_allowance
 from pyxen.hypervisor.x86.hvm.traps import HvmTraps
 from pyxen.hypervisor.x86.hvm.vcpu import HvmVcpu
 from pyxen.machine.cpu.base import HvmCpu
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.log_dirty import LogDirty
     from pyxen.hypervisor.vcpu import Vcpu
 
 APIC_DEFAULT_PHYS_BASE: Final = 0xFEE00000
@@ -126,6 +130,23 @@ class HvmDomain:
                     return False
                 check = _CHECK_EVERY
         return True
+
+    def log_dirty_start(self) -> None:
+        """hap_enable_log_dirty(): write-protect everything."""
+        self.p2m.change_type_range(0, self.p2m.max_mapped_gfn + 1, {P2mType.RAM_RW: P2mType.RAM_LOGDIRTY})
+
+    def log_dirty_stop(self) -> None:
+        """hap_disable_log_dirty()."""
+        self.p2m.change_type_range(0, self.p2m.max_mapped_gfn + 1, {P2mType.RAM_LOGDIRTY: P2mType.RAM_RW})
+
+    def log_dirty_collect(self, log: LogDirty) -> None:
+        """Faults tell the log at once."""
+
+    def log_dirty_clean(self, runs: Iterable[tuple[int, int]]) -> None:
+        """hap_clean_dirty_bitmap(), of these frames only."""
+        for first, count in runs:
+            self.p2m.protect(first, count)
+        self.p2m.flush()
 
     def release(self) -> None:
         """The last tables, of a domain that could not be created or has no memory left."""

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Literal
 
 from pyxen.hypervisor.x86.cpuid import CpuidPolicy
 from pyxen.hypervisor.x86.pit import Pit
+from pyxen.hypervisor.x86.pv import log_dirty
 from pyxen.hypervisor.x86.pv.mm import relinquish_memory
 from pyxen.hypervisor.x86.pv.slots import PerDomain
 from pyxen.hypervisor.x86.pv.traps import PvTraps
 from pyxen.hypervisor.x86.pv.vcpu import PvVcpu
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pyxen.hypervisor.domain import Domain
+    from pyxen.hypervisor.log_dirty import LogDirty
     from pyxen.hypervisor.vcpu import Vcpu
     from pyxen.hypervisor.x86.pv.slots import XenSlots
 
@@ -63,6 +67,23 @@ class PvDomain:
         """See :mod:`~pyxen.hypervisor.x86.pv.mm_relinquish`."""
         return relinquish_memory(self.domain)
 
+    def log_dirty_start(self) -> None:
+        """See :mod:`~pyxen.hypervisor.x86.pv.log_dirty`."""
+        log_dirty.start(self.domain)
+
+    def log_dirty_stop(self) -> None:
+        """Engines mark no more."""
+        log_dirty.stop(self.domain)
+
+    def log_dirty_collect(self, log: LogDirty) -> None:
+        """What engines marked, and page tables."""
+        log_dirty.collect(self.domain, log)
+
+    def log_dirty_clean(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Whatever was cleaned: new translations mark again."""
+        self.domain.hypervisor.flush_domain(self.domain)
+
     def release(self) -> None:
         """Free the per-domain area; the domain has no page tables left."""
+        log_dirty.stop(self.domain)
         self.area.release()

@@ -132,3 +132,4 @@ def mod_entry(frames: FrameTable, at: int, new: int, owner: Domain, pg_owner: Do
 def _write_word(frames: FrameTable, at: int, value: int) -> None:
     frames.memory.q[at] = value
     frames.memory.written(at >> 9)
+    frames.mark_dirty(at >> 9)

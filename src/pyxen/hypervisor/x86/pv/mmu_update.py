@@ -243,5 +243,5 @@ class _Run:
         mfn = pointer >> 12
         if mfn >= frames.nr_frames or frames.owner[mfn] != self.pg_owner.domid | OWNED:
             return -errno.EINVAL
-        frames.m2p.set(mfn, gpfn)
+        frames.set_gpfn(mfn, gpfn)
         return 0

@@ -213,6 +213,7 @@ class _Run:
 
     def _wrote(self, mfn: int) -> None:
         self.frames.memory.written(mfn)
+        self.frames.mark_dirty(mfn)
         self.frames.put_type(mfn)
         self.frames.put(mfn)
 

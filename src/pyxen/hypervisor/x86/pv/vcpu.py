@@ -188,6 +188,8 @@ class PvVcpu:
             found = guest_walk(self.memory, table, va, write)
             if found is not None:
                 maddr = found & ~0xFFF
+                if write:
+                    self.hypervisor.frames.mark_dirty(maddr >> 12)
                 if self.kernel_mode:
                     (self._write_cache if write else self._read_cache)[page] = maddr
                 return maddr
