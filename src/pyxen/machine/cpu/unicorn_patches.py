@@ -26,6 +26,9 @@ run in any number of threads. Engines that are not ours (``no_exit_request`` cle
   kick at that
   moment would be lost. Here the HALT bit of ``interrupt_request``, which nothing else uses, leaves the loop before
   the next block.
+* ``cpu_exec`` reads ``interrupt_request`` and then clears ``icount_decr``. A kick between the two (rare from another
+  thread, less so from a signal) would wait for the next exit, perhaps for ever. QEMU's comment asks for the other
+  order, which the compiler may not keep; the patch restores it.
 
 ``unicorn_dirty``, ``unicorn_hvm``, ``unicorn_blockcheck`` and ``unicorn_spaces`` hold the larger ones.
 """
@@ -56,6 +59,10 @@ class _Exchange(NamedTuple):
     before: str
     after: str
 
+
+# mov eax, [rbx+interrupt_request]; xor ecx, ecx; mov rdx, [rbx+…]; mov [rbx+icount_decr.high], cx; test eax, eax
+_READ_THEN_CLEAR = "8b431c 31c9 488b93DDDD 66898bDDDD 85c0"
+_EXEC_SIZE = 0x400
 
 _EXCHANGES = (
     # mov r8d, edx; sub rsp, 8; xor ecx, ecx -> mov ecx, edx; mov edx, 1
@@ -116,6 +123,18 @@ def _patches() -> list[_Patch]:
     return result
 
 
+def _clear_then_read(lib: ui.Library) -> tuple[int, bytes]:
+    """What to write where, for ``cpu_exec`` to clear before it reads."""
+    code = lib.code("cpu_exec_x86_64", _EXEC_SIZE)
+    found = ui.pattern(_READ_THEN_CLEAR).search(code)
+    if found is None or int.from_bytes(found.group(2), "little") != lib.cpu_icount + 2:
+        raise ui.unknown_build("cpu_exec clears its exit request in another way")
+    load = bytes.fromhex("488b93") + found.group(1)
+    clear = bytes.fromhex("66898b") + found.group(2)
+    return (lib.address("cpu_exec_x86_64") + found.start(),
+            bytes.fromhex("31c9") + clear + load + bytes.fromhex("8b431c"))
+
+
 def install(lib: ui.Library, uc_pointer: int) -> None:
     """Apply every patch, and the optional ones (``unicorn_blockcheck``, ``unicorn_spaces``) if they fit.
 
@@ -126,9 +145,11 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
         ui.match(lib.code(patch.symbol, 16), patch.moved, patch.symbol)
     for exchange in _EXCHANGES:
         ui.match(lib.code(exchange.symbol, 32), exchange.before, exchange.symbol)
+    clear_then_read = _clear_then_read(lib)
     page = CodePage(lib.address("helper_syscall_x86_64"), _PAGE_SIZE)
     lib.hvm = unicorn_hvm.place(lib, page)
     entries = [(lib.address(exchange.symbol), bytes.fromhex(exchange.after)) for exchange in _EXCHANGES]
+    entries.append(clear_then_read)
     for patch in wanted:
         entry = lib.address(patch.symbol)
         moved = bytes.fromhex(patch.moved)
