@@ -98,10 +98,10 @@ def test_rights_are_those_of_all_levels(level: int) -> None:
 
     t = table(RW)
     assert t.walk(VA, PFEC_WRITE)  # a supervisor may write, without WP
-    t.state.cr0 |= CR0_WP
+    t.state = t.state._replace(cr0=t.state.cr0 | CR0_WP)
     assert t.fault(VA, PFEC_WRITE) == PFEC_PRESENT | PFEC_WRITE
     assert t.walk(VA)
-    t.state.cr0 &= ~CR0_WP
+    t.state = t.state._replace(cr0=t.state.cr0 & ~CR0_WP)
     assert t.fault(VA, PFEC_WRITE | PFEC_USER) == PFEC_PRESENT | PFEC_WRITE | PFEC_USER
     t = table(US)
     assert t.walk(VA, PFEC_WRITE)
@@ -115,22 +115,22 @@ def test_nx_at_any_level(level: int) -> None:
     t = Tables().long(*flags)
     assert t.walk(VA)
     assert t.fault(VA, PFEC_FETCH) == PFEC_PRESENT | PFEC_FETCH
-    t.state.efer &= ~EFER_NXE
+    t.state = t.state._replace(efer=t.state.efer & ~EFER_NXE)
     assert t.fault(VA) == PFEC_PRESENT | PFEC_RESERVED
 
 
 def test_smep_and_smap() -> None:
     t = Tables().long(*[P | RW | US] * 4)
     assert t.walk(VA, PFEC_FETCH)
-    t.state.cr4 |= CR4_SMEP
+    t.state = t.state._replace(cr4=t.state.cr4 | CR4_SMEP)
     assert t.fault(VA, PFEC_FETCH) == PFEC_PRESENT | PFEC_FETCH
     assert t.walk(VA, PFEC_FETCH | PFEC_USER)
-    t.state.cr4 |= CR4_SMAP
+    t.state = t.state._replace(cr4=t.state.cr4 | CR4_SMAP)
     assert t.fault(VA) == PFEC_PRESENT
     assert t.fault(VA, PFEC_WRITE) == PFEC_PRESENT | PFEC_WRITE
-    t.state.flags |= EFLAGS_AC
+    t.state = t.state._replace(flags=t.state.flags | EFLAGS_AC)
     assert t.walk(VA, PFEC_WRITE)
-    t.state.flags = 0
+    t.state = t.state._replace(flags=0)
     assert Tables().long(P | RW, *[P | RW | US] * 3).walk(VA)  # a supervisor's page
 
 
@@ -170,7 +170,7 @@ def test_two_levels() -> None:
     assert t.fault(va, PFEC_USER) == PFEC_PRESENT | PFEC_USER
     t.set32(1, 2, 0x00C00000 | 3 << 13 | P | RW | PSE)  # PSE-36: bits 13 to 20 are address bits 32 to 39
     assert t.fault(2 << 22) == 0  # without CR4.PSE it is a table, far away
-    t.state.cr4 = CR4_PSE
+    t.state = t.state._replace(cr4=CR4_PSE)
     assert t.walk(2 << 22 | 0x123456) == 3 << 32 | 0xC00000 | 0x123456
     t.set32(1, 2, 0x00C00000 | 1 << 21 | P | PSE)
     assert t.fault(2 << 22) == PFEC_PRESENT | PFEC_RESERVED

@@ -14,7 +14,7 @@ therefore only hold others in a trap that ends a block: a hypercall or a fault, 
 
 Holding is for microseconds. A holder may take locks that trap handlers take, but must not wait for a pCPU.
 
-Lock order: ``_condition`` is a leaf.
+Lock order: ``_lock`` is a leaf.
 """
 
 from __future__ import annotations
@@ -43,26 +43,28 @@ class Rendezvous:
     """One for the whole host."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
+        """Of ``_lock``, which ``with`` takes at a fifth of the price."""
         self._waiting: set[int] = set()
 
     def enter(self, domain: Domain, pcpu: Inside) -> None:
         """``pcpu``, the caller's, is about to execute ``domain``'s code. Waits while somebody holds it."""
-        with self._condition:
+        with self._lock:
             while domain.held:
                 self._condition.wait()
             domain.inside = pcpu
 
     def leave(self, domain: Domain) -> None:
         """It does so no more."""
-        with self._condition:
+        with self._lock:
             domain.inside = None
             if domain.held:
                 self._condition.notify_all()
 
     def is_inside_elsewhere(self, domain: Domain) -> bool:
         """Whether an engine on another thread than the caller's may be executing ``domain``."""
-        with self._condition:
+        with self._lock:
             inside = domain.inside
             return inside is not None and inside.ident != threading.get_ident()
 
@@ -70,7 +72,7 @@ class Rendezvous:
     def holding(self, domain: Domain) -> Iterator[None]:
         """No engine executes ``domain``'s code inside ``with``. Any thread; see the module's text."""
         me = threading.get_ident()
-        with self._condition:
+        with self._lock:
             domain.held += 1
             inside = domain.inside
             if inside is not None and inside.ident != me:
@@ -84,7 +86,7 @@ class Rendezvous:
         try:
             yield
         finally:
-            with self._condition:
+            with self._lock:
                 domain.held -= 1
                 if not domain.held:
                     self._condition.notify_all()

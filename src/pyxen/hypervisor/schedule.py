@@ -46,7 +46,7 @@ from pyxen.hypervisor.sched_op import do_sched_op as do_sched_op
 from pyxen.hypervisor.sched_op import do_sched_op_compat as do_sched_op_compat
 from pyxen.hypervisor.schedule_homes import Homes, SchedulablePcpu, ScheduleData
 from pyxen.hypervisor.time import send_timer_event, vcpu_periodic_timer_work
-from pyxen.hypervisor.timer import Timer, TimerQueue
+from pyxen.hypervisor.timer import NEVER, Timer, TimerQueue
 from pyxen.hypervisor.vcpu import PauseFlag, RunState
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Schedule(Homes):
 
     def timers(self, cpu: int) -> TimerQueue:
         """The timers of a pCPU; a vCPU's are those of ``vcpu.processor``."""
-        return self._cpus[cpu].pcpu.timers
+        return self._cpus[cpu].timers
 
     def tickle(self, cpus: Sequence[int]) -> None:
         """Make pCPUs decide again. Without locks."""
@@ -471,11 +471,15 @@ class Schedule(Homes):
         The pCPU then switches contexts and calls :meth:`context_saved` for the vCPU that ran before.
         """
         data = self._cpus[cpu]
-        timers = data.pcpu.timers
-        with data.lock:
+        timers = data.timers
+        previous = data.current
+        recheck: int | None = None
+        lock = data.lock
+        lock.acquire()
+        try:
             now = self.now_ns()
-            previous = data.current
-            recheck = self._answer_claims(data, now) if data.claims else None
+            if data.claims:
+                recheck = self._answer_claims(data, now)
             vcpu, slice_ns, wanted = self.ops.do_schedule(cpu, previous, now)
             if vcpu is not previous:
                 if previous is not None:
@@ -489,32 +493,33 @@ class Schedule(Homes):
                     vcpu.is_running = True
                 data.current = vcpu
                 data.switches += 1
+        finally:
+            lock.release()
         if recheck is not None:
             slice_ns = recheck - now if slice_ns is None else min(slice_ns, recheck - now)
-        if slice_ns is None:
-            timers.stop(data.slice_timer)
-        else:
-            timers.set(data.slice_timer, now + slice_ns)
+        timers.slice_end_ns = NEVER if slice_ns is None else now + slice_ns
         data.slice_ns = slice_ns
         if vcpu is not previous:
-            if previous is not None:
-                timers.stop(previous.periodic_timer)
-            elif vcpu is not None:
+            if previous is None:
                 self.ops.busy(cpu)
+            elif previous.periodic_timer.deadline_ns is not None:
+                timers.stop(previous.periodic_timer)
             if vcpu is not None:
-                self._trace(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
+                trace = self.hypervisor.trace
+                if trace.enabled:
+                    trace.event(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         for domain in wanted:
             self.claim(domain, data.index)
         if len(self._queues) > 1:
             self._balance(data, now)
         return vcpu
 
-    def slice_begins(self, cpu: int) -> None:
-        """The switch to the vCPU that :meth:`schedule` chose is done: its slice begins now. (To switch takes a good
-        part of one, and on a busy host all of it: nobody would get anywhere.)"""
+    def slice_begins(self, cpu: int, now_ns: int) -> None:
+        """The switch to the vCPU that :meth:`schedule` chose is done: its slice begins at ``now_ns``. (To switch takes
+        a good part of one, and on a busy host all of it: nobody would get anywhere.)"""
         data = self._cpus[cpu]
         if data.slice_ns is not None:
-            data.pcpu.timers.set(data.slice_timer, self.now_ns() + data.slice_ns)
+            data.timers.slice_end_ns = now_ns + data.slice_ns
 
     def context_saved(self, vcpu: Vcpu) -> None:
         """The pCPU executes ``vcpu`` no more."""

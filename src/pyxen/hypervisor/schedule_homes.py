@@ -79,7 +79,7 @@ class ScheduleData:
     """``struct schedule_data``: one pCPU."""
 
     __slots__ = (
-        "claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_ns", "slice_timer", "switches",
+        "claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_ns", "switches", "timers",
     )
 
     def __init__(self, pcpu: SchedulablePcpu) -> None:
@@ -87,9 +87,10 @@ class ScheduleData:
         self.index = pcpu.index
         self.lock = TicketLock(f"run queue of pCPU {pcpu.index}")
         self.current: Vcpu | None = None
-        self.slice_timer = Timer(lambda _now: pcpu.request_resched())
+        self.timers = pcpu.timers
+        self.timers.on_slice = pcpu.request_resched
         self.slice_ns: int | None = None
-        """Length of the slice that slice_timer ends."""
+        """Length of the slice that timers.slice_end_ns ends."""
         self.retry_timer = Timer(lambda _now: pcpu.request_resched())
         """When to look for other pCPUs' work again."""
         self.switches = 0
@@ -184,6 +185,8 @@ class Homes:
     def hand_over(self, cpu: int) -> None:
         """After a switch: let go of the domains that :meth:`schedule` chose to. On the pCPU's thread."""
         data = self._cpus[cpu]
+        if not data.leaving:
+            return
         leaving, data.leaving = data.leaving, []
         for domain in leaving:
             data.pcpu.release_domain(domain)
@@ -238,8 +241,9 @@ class Homes:
         """Ask for work of others, if this pCPU has little to do."""
         work = self.ops.find_work(data.index, now)
         if work is None:
-            data.pcpu.timers.stop(data.retry_timer)
+            if data.retry_timer.deadline_ns is not None:
+                data.timers.stop(data.retry_timer)
         elif isinstance(work, int):
-            data.pcpu.timers.set(data.retry_timer, work)
+            data.timers.set(data.retry_timer, work)
         else:
             self.claim(work, data.index)

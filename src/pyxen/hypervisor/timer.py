@@ -8,6 +8,9 @@ more than twice the armed timers and a little.
 
 ``set`` and ``stop`` may come from any thread; callbacks run on the pCPU's thread, in :meth:`TimerQueue.run_expired`.
 
+Beside the heap there is one deadline that comes and goes with every switch between vCPUs, the end of the running one's
+slice (:attr:`TimerQueue.slice_end_ns`); it is the thread's own and costs an assignment.
+
 Locking: one plain lock per queue, a leaf: taken after a run queue's lock or a pCPU's condition, never before, and
 never held while a callback or :attr:`TimerQueue.on_earlier` runs.  Two queues' locks are never held together.  It is
 a plain lock and not a TicketLock because it is held for a microsecond at most and each guest timer pays for it.
@@ -18,12 +21,14 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
 
 _SWEEP_MIN = 64
+NEVER: Final = (1 << 63) - 1
+"""STIME_MAX."""
 
 
 class Timer:
@@ -74,6 +79,12 @@ class TimerQueue:
         self.clock = clock
         self.on_earlier: Callable[[int], None] | None = None
         self.on_error: Callable[[Exception], None] | None = None
+        self.on_slice: Callable[[], None] | None = None
+        """Called in :meth:`run_expired` when :attr:`slice_end_ns` has come."""
+        self.slice_end_ns = NEVER
+        """A deadline beside the timers. Of the pCPU's thread only, which must not be in the guest when it sets one."""
+        self._first_ns = NEVER
+        """No entry of the heap is earlier. Written under the lock, read without it."""
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._heap: list[tuple[int, int, Timer]] = []
@@ -106,6 +117,8 @@ class TimerQueue:
             timer.deadline_ns = deadline_ns
             heap = self._heap
             heapq.heappush(heap, (deadline_ns, serial, timer))
+            if deadline_ns < self._first_ns:
+                self._first_ns = deadline_ns
             if len(heap) > 2 * self._armed + _SWEEP_MIN:
                 self._sweep()
                 heap = self._heap
@@ -142,15 +155,20 @@ class TimerQueue:
         heapq.heapify(self._heap)
 
     def next_deadline(self) -> int | None:
-        """System time of the first armed timer, None without one."""
-        with self._lock:
-            heap = self._heap
-            while heap:
-                deadline, serial, timer = heap[0]
-                if timer._serial == serial and timer._queue is self:
-                    return deadline
-                heapq.heappop(heap)
-            return None
+        """System time of the first armed timer or of the end of the slice, None without either. On the pCPU's
+        thread."""
+        end = self.slice_end_ns
+        if self._first_ns < end:
+            with self._lock:
+                heap = self._heap
+                while heap:
+                    deadline, serial, timer = heap[0]
+                    if timer._serial == serial and timer._queue is self:
+                        self._first_ns = deadline
+                        return min(deadline, end)
+                    heapq.heappop(heap)
+                self._first_ns = NEVER
+        return end if end != NEVER else None
 
     def run_expired(self, now_ns: int) -> int:
         """Call back every timer whose deadline is not after ``now_ns``; returns how many.
@@ -158,6 +176,12 @@ class TimerQueue:
         On the pCPU's thread, without locks. A timer that its callback arms for the past fires at the next call, not
         in this one, so a guest cannot keep the pCPU in here.
         """
+        if now_ns >= self.slice_end_ns:
+            self.slice_end_ns = NEVER
+            if self.on_slice is not None:
+                self.on_slice()
+        if now_ns < self._first_ns:
+            return 0  # one that another thread sets at this moment makes itself heard by on_earlier
         due: list[tuple[int, int, Timer]] = []
         with self._lock:
             heap = self._heap
@@ -165,6 +189,7 @@ class TimerQueue:
                 entry = heapq.heappop(heap)
                 if entry[2]._serial == entry[1] and entry[2]._queue is self:
                     due.append(entry)
+            self._first_ns = heap[0][0] if heap else NEVER
             if not due:
                 return 0
             self._runner = threading.get_ident()

@@ -113,9 +113,13 @@ class HvmContext(Protocol):
         """Replace the saved state. What no CPU could hold (LMA without PG …) raises InternalError: callers check."""
         ...
 
-    def paging(self) -> tuple[int, int, int, int, int]:
-        """CR0, CR3, CR4, EFER and RFLAGS of the saved state: what a walk of the guest's tables needs, at a fraction of
-        what :meth:`get_hvm` costs."""
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER of the saved state: what a walk of the guest's tables needs, at a fraction of what
+        :meth:`get_hvm` costs."""
+        ...
+
+    def saved_flags(self) -> int:
+        """RFLAGS of the saved state."""
         ...
 
     def set_nested_root(self, maddr: int) -> None:
@@ -430,6 +434,10 @@ class HvmCpu(Cpu, Protocol):
     def set_efer(self, value: int) -> None: ...
 
     def get_efer(self) -> int: ...
+
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER at once."""
+        ...
 
     def get_msr(self, number: int) -> int:
         """A native MSR of the loaded context."""

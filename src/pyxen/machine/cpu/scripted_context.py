@@ -87,10 +87,14 @@ class ScriptedHvmContext(ScriptedContext):
         self.hvm = replace(r, segments=[replace(segment) for segment in r.segments], ldtr=replace(r.ldtr),
                            tr=replace(r.tr), msrs=dict(r.msrs))
 
-    def paging(self) -> tuple[int, int, int, int, int]:
-        """CR0, CR3, CR4, EFER and RFLAGS."""
-        r, h = self.get(), self.hvm
-        return h.cr0, r.cr3, h.cr4, h.efer, r.flags
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER."""
+        h = self.hvm
+        return h.cr0, self.get().cr3, h.cr4, h.efer
+
+    def saved_flags(self) -> int:
+        """RFLAGS."""
+        return self.get().flags
 
     def set_nested_root(self, maddr: int) -> None:
         """From the next load on."""

@@ -113,6 +113,11 @@ class ScriptedHvm:
         """EFER."""
         return self._hvm().hvm.efer
 
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER."""
+        h = self._hvm().hvm
+        return h.cr0, self._cr3, h.cr4, h.efer
+
     def get_msr(self, number: int) -> int:
         """A native MSR."""
         if number not in NATIVE_MSRS:

@@ -65,6 +65,9 @@ def write_msr(v64: memoryview, v32: memoryview, number: int, value: int) -> None
         v64[at >> 3] = value & _U64
 
 
+_CR0, _CR3, _CR4, _EFER = ui.CR0 >> 3, ui.CR3 >> 3, ui.CR4 >> 3, ui.EFER >> 3
+
+
 class UnicornHvmContext(UnicornContext):
     """State of one vCPU under nested paging: the image, what waits for delivery, and what was asked for."""
 
@@ -97,11 +100,16 @@ class UnicornHvmContext(UnicornContext):
         self.forget_translations()
         self.view64[ui.NESTED_CR3 >> 3] = maddr & _U64
 
-    def paging(self) -> tuple[int, int, int, int, int]:
-        """CR0, CR3, CR4, EFER and RFLAGS. Raises InternalError while an engine holds them."""
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER. Raises InternalError while an engine holds them."""
         self._must_be_idle()
         v64 = self.view64
-        return (v64[ui.CR0 >> 3], v64[ui.CR3 >> 3], v64[ui.CR4 >> 3], v64[ui.EFER >> 3], v64[ui.EFLAGS >> 3] & _U32)
+        return v64[_CR0], v64[_CR3], v64[_CR4], v64[_EFER]
+
+    def saved_flags(self) -> int:
+        """RFLAGS. Raises InternalError while an engine holds them."""
+        self._must_be_idle()
+        return self.view64[ui.EFLAGS >> 3] & _U32
 
     def get_hvm(self) -> HvmRegisters:
         """Decode the saved state. Raises InternalError while an engine holds it."""

@@ -43,6 +43,7 @@ _MSRPM = 0x1000
 MEMORY_LIMIT = _BLOCK
 
 _GP, _DF, _DB = 13, 8, 1
+_CR0, _CR3, _CR4, _EFER = ui.CR0 >> 3, ui.CR3 >> 3, ui.CR4 >> 3, ui.EFER >> 3
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 _TF, _RF = 1 << 8, 1 << 16
 _DR6_BS = 1 << 14
@@ -344,6 +345,11 @@ class HvmPart:
     def get_efer(self) -> int:
         """EFER."""
         return int(self._v64[ui.EFER >> 3])
+
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER."""
+        v64 = self._v64
+        return v64[_CR0], v64[_CR3], v64[_CR4], v64[_EFER]
 
     def get_msr(self, number: int) -> int:
         """A native MSR of the loaded context."""

@@ -8,7 +8,6 @@ levels of 32-bit entries (with 4 MiB pages if CR4.PSE), PAE's three levels, four
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ _CANONICAL_LOW: Final = 1 << 47
 _CANONICAL_HIGH: Final = (1 << 64) - (1 << 47)
 
 
-@dataclass(slots=True)
-class PagingState:
+class PagingState(NamedTuple):
     """What decides how a linear address is translated."""
 
     cr0: int
@@ -63,27 +61,20 @@ class PageFault(Exception):
 
 
 class Translation(NamedTuple):
-    """Where an address was found, and the entries that said so: good as long as they stand and the modes are the
-    same."""
+    """Where a page was found, and what said so: good as long as that stands, and the p2m has taken nothing away."""
 
-    state: PagingState
-    gpa: int
+    paging: tuple[int, int, int, int]
+    """CR0, CR3, CR4, EFER."""
+    maddr: int
+    gfn: int
     path: tuple[tuple[int, int], ...]
-    """(index into memory.q or .d, entry)."""
-
-
-def still_valid(found: Translation, memory: Memory, state: PagingState) -> bool:
-    """Whether a walk would find the same now. Only for translations with 64-bit entries."""
-    if found.state != state:
-        return False
-    q = memory.q
-    return all(q[at] == entry for at, entry in found.path)
+    """(index into memory.q, entry)."""
 
 
 def translate(memory: Memory, to_mfn: Callable[[int], int | None], state: PagingState, va: int, pfec: int,
               path: list[tuple[int, int]] | None = None) -> int:
     """Guest-physical address of ``va`` for an access ``pfec`` (PFEC_WRITE, PFEC_USER, PFEC_FETCH). ``path``, if given,
-    gets the entries of a four-level walk (see :class:`Translation`).
+    gets the entries of a four-level walk, as (index into memory.q, entry).
 
     ``to_mfn`` finds the machine frame of a guest frame (None: no memory there). Raises PageFault with the error code
     that the access would have had.

@@ -24,12 +24,12 @@ from pyxen.errors import GuestAccessError, XenError
 from pyxen.hypervisor.domain import ShutdownCode
 from pyxen.hypervisor.vcpu import PauseFlag
 from pyxen.hypervisor.x86.hvm.guest_walk import (
+    CR4_SMAP,
     EFLAGS_AC,
     PFEC_WRITE,
     PageFault,
     PagingState,
     Translation,
-    still_valid,
     translate,
 )
 from pyxen.hypervisor.x86.hvm.msr import MsrState
@@ -62,6 +62,7 @@ class HvmVcpu:
         self.hypervisor = hypervisor
         self.memory = hypervisor.memory
         self.bytes = hypervisor.memory.b
+        self._q = hypervisor.memory.q
         self.p2m = p2m
         """The map it runs under: the host p2m (an altp2m view, one day)."""
         self.cpu: HvmCpu | None = None
@@ -77,7 +78,7 @@ class HvmVcpu:
         self._frames: dict[int, int] = {}
         self._changes = -1
         self._walks: dict[int, Translation] = {}
-        """Translations by page and kind of access, each checked against the tables before it is used."""
+        """Translations by page and kind of access, each checked against the guest's tables before it is used."""
         self._walks_changes = -1
 
     # --- engine --------------------------------------------------------------------------------------
@@ -202,8 +203,7 @@ class HvmVcpu:
         cpu = self.live_cpu
         if cpu is not None:
             return cpu.flags
-        context = self.vcpu.context
-        return context.get().flags if context is not None else 0
+        return self.context().saved_flags() if self.vcpu.context is not None else 0
 
     def halt(self, flags: int) -> None:
         """hvm_hlt(): wait for an interrupt; with interrupts off it is the guest's way of switching a vCPU off."""
@@ -231,13 +231,12 @@ class HvmVcpu:
 
     # --- guest memory --------------------------------------------------------------------------------
 
-    def paging_state(self) -> PagingState:
-        """Control registers now, and RFLAGS.AC."""
-        cpu = self.live_cpu
-        if cpu is not None:
-            return PagingState(cpu.get_cr(0), cpu.get_cr(3), cpu.get_cr(4), cpu.get_efer(), cpu.flags & EFLAGS_AC)
-        cr0, cr3, cr4, efer, flags = self.context().paging()
-        return PagingState(cr0, cr3, cr4, efer, flags & EFLAGS_AC)
+    def paging(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER now."""
+        cpu, context = self.cpu, self.vcpu.context
+        if cpu is not None and cpu.loaded is context:
+            return cpu.paging()
+        return self.context().paging()
 
     def guest_bytes(self) -> int:
         """hvm_guest_x86_mode(): 8, 4 or 2 by the code segment; 1 for virtual-8086 mode, 0 for real mode."""
@@ -269,25 +268,33 @@ class HvmVcpu:
                 frames[gfn] = mfn
         return mfn
 
-    def _page(self, address: int, write: bool, state: PagingState) -> tuple[int, int]:
+    def _page(self, address: int, write: bool) -> tuple[int, int]:
         """(machine address of ``address``, its guest frame); machine address -1 where a write is to be dropped."""
-        pfec = PFEC_WRITE if write else 0
         changes = self.p2m.changes
+        paging = self.paging()
         key = address >> 12 << 1 | write
         found = self._walks.get(key)
-        if found is not None and self._walks_changes == changes and still_valid(found, self.memory, state):
-            gpa = found.gpa | address & 0xFFF
-        else:
-            path: list[tuple[int, int]] = []
+        if found is not None and self._walks_changes == changes and found.paging == paging:
+            q = self._q
+            for at, entry in found.path:
+                if q[at] != entry:
+                    break
+            else:
+                return found.maddr | address & 0xFFF, found.gfn
+        path: list[tuple[int, int]] = []
+        # What does without RFLAGS.AC does with it, too: only the former is kept.
+        state = PagingState(*paging, 0)
+        pfec = PFEC_WRITE if write else 0
+        try:
+            gpa = translate(self.memory, self._to_mfn, state, address, pfec, path)
+        except PageFault:
+            if not paging[2] & CR4_SMAP or not self._flags() & EFLAGS_AC:
+                raise GuestAccessError(address) from None
+            path.clear()
             try:
-                gpa = translate(self.memory, self._to_mfn, state, address, pfec, path)
+                gpa = translate(self.memory, self._to_mfn, state._replace(flags=EFLAGS_AC), address, pfec)
             except PageFault:
                 raise GuestAccessError(address) from None
-            if path:
-                if self._walks_changes != changes or len(self._walks) >= _WALKS_CACHED:
-                    self._walks.clear()
-                    self._walks_changes = changes
-                self._walks[key] = Translation(state, gpa & ~0xFFF, tuple(path))
         gfn = gpa >> 12
         if write:
             mfn, kind, _ = self.p2m.get_entry(gfn)
@@ -295,22 +302,27 @@ class HvmVcpu:
                 raise GuestAccessError(address)
             if kind in (P2mType.RAM_RO, P2mType.GRANT_MAP_RO):
                 return -1, gfn  # p2m_is_discard_write
-            return mfn << 12 | gpa & 0xFFF, gfn
-        backed = self._to_mfn(gfn)
-        if backed is None:
-            raise GuestAccessError(address)
-        return backed << 12 | gpa & 0xFFF, gfn
+        else:
+            backed = self._to_mfn(gfn)
+            if backed is None:
+                raise GuestAccessError(address)
+            mfn = backed
+        if path:
+            if self._walks_changes != changes or len(self._walks) >= _WALKS_CACHED:
+                self._walks.clear()
+                self._walks_changes = changes
+            self._walks[key] = Translation(paging, mfn << 12, gfn, tuple(path))
+        return mfn << 12 | gpa & 0xFFF, gfn
 
     def read(self, address: int, size: int) -> bytes:
         """hvm_copy_from_guest_linear(). Raises GuestAccessError."""
         if (address & 0xFFF) + size <= 4096:
-            maddr, _ = self._page(address, False, self.paging_state())
+            maddr, _ = self._page(address, False)
             return bytes(self.bytes[maddr : maddr + size])
-        state = self.paging_state()
         parts = []
         while size > 0:
             count = min(size, 4096 - (address & 0xFFF))
-            maddr, _ = self._page(address, False, state)
+            maddr, _ = self._page(address, False)
             parts.append(bytes(self.bytes[maddr : maddr + count]))
             address += count
             size -= count
@@ -323,10 +335,9 @@ class HvmVcpu:
         is read-only in the p2m swallows them."""
         size, done = len(data), 0
         log = self.domain.log_dirty
-        state = self.paging_state()
         while done < size:
             count = min(size - done, 4096 - (address & 0xFFF))
-            maddr, gfn = self._page(address, True, state)
+            maddr, gfn = self._page(address, True)
             if maddr >= 0:
                 self.bytes[maddr : maddr + count] = data[done : done + count] if count != size else data
                 if log is not None:
