@@ -439,6 +439,16 @@ class HvmCpu(Cpu, Protocol):
         """CR0, CR3, CR4 and EFER at once."""
         ...
 
+    def code_bytes(self) -> int:
+        """What the loaded context's code is: 8, 4 or 2 by the code segment, 1 in virtual-8086 mode, 0 in real mode
+        (Xen: hvm_guest_x86_mode)."""
+        ...
+
+    def interruptible(self) -> bool:
+        """Whether the loaded context could take an interrupt now, between two runs: RFLAGS.IF, no interrupt shadow,
+        and no other event that waits."""
+        ...
+
     def get_msr(self, number: int) -> int:
         """A native MSR of the loaded context."""
         ...
@@ -465,5 +475,6 @@ class HvmCpu(Cpu, Protocol):
         ...
 
     def inject_interrupt(self, vector: int) -> None:
-        """In :meth:`HvmTraps.interrupt_window` only: the guest takes this interrupt before its next instruction."""
+        """In :meth:`HvmTraps.interrupt_window`, or while :meth:`interruptible`: the guest takes this interrupt before
+        its next instruction."""
         ...

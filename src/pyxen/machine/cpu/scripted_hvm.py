@@ -27,6 +27,7 @@ from pyxen.machine.cpu.scripted_steps import (
 
 _U32 = 0xffffffff
 _IF = 0x200
+_VM = 0x20000
 _GP = 13
 _CODE, _DATA, _BUSY_TSS, _LDT = 0xc09b, 0xc093, 0x8b, 0x82
 FXSAVE_RESET = (0x37f).to_bytes(2, "little") + bytes(22) + (0x1f80).to_bytes(4, "little") + bytes(484)
@@ -117,6 +118,23 @@ class ScriptedHvm:
         """CR0, CR3, CR4 and EFER."""
         h = self._hvm().hvm
         return h.cr0, self._cr3, h.cr4, h.efer
+
+    def code_bytes(self) -> int:
+        """By CR0, RFLAGS, EFER and CS."""
+        h = self._hvm().hvm
+        attributes = h.segments[1].attributes
+        if not h.cr0 & 1:
+            return 0
+        if self.flags & _VM:
+            return 1
+        if h.efer & 0x400 and attributes & 0x2000:
+            return 8
+        return 4 if attributes & 0x4000 else 2
+
+    def interruptible(self) -> bool:
+        """RFLAGS.IF, and nothing else waits."""
+        context = self._hvm()
+        return bool(self.flags & _IF) and context.exception is None and context.interrupt is None
 
     def get_msr(self, number: int) -> int:
         """A native MSR."""

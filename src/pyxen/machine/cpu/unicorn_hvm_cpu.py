@@ -44,6 +44,8 @@ MEMORY_LIMIT = _BLOCK
 
 _GP, _DF, _DB = 13, 8, 1
 _CR0, _CR3, _CR4, _EFER = ui.CR0 >> 3, ui.CR3 >> 3, ui.CR4 >> 3, ui.EFER >> 3
+_EFLAGS, _HFLAGS, _EVENT, _NMI = ui.EFLAGS >> 3, ui.HFLAGS >> 2, hvm.EVENT >> 2, hvm.NMI >> 2
+_IF = 0x200
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 _TF, _RF = 1 << 8, 1 << 16
 _DR6_BS = 1 << 14
@@ -351,6 +353,22 @@ class HvmPart:
         v64 = self._v64
         return v64[_CR0], v64[_CR3], v64[_CR4], v64[_EFER]
 
+    def code_bytes(self) -> int:
+        """By the engine's summary of CR0, EFER, RFLAGS and CS."""
+        hflags = self._v32[_HFLAGS]
+        if not hflags & ui.HF_PE:
+            return 0
+        if hflags & ui.HF_VM:
+            return 1
+        if hflags & ui.HF_CS64:
+            return 8
+        return 4 if hflags & ui.HF_CS32 else 2
+
+    def interruptible(self) -> bool:
+        """See :class:`~pyxen.machine.cpu.base.HvmCpu`."""
+        return not (self._v32[_HFLAGS] & ui.HF_INHIBIT_IRQ or self._block32[_EVENT] & hvm.VALID
+                    or self._block32[_NMI]) and bool(self._v64[_EFLAGS] & _IF)
+
     def get_msr(self, number: int) -> int:
         """A native MSR of the loaded context."""
         return read_msr(self._v64, self._v32, number)
@@ -411,7 +429,8 @@ class HvmPart:
             self._icount[0] = 0xffff
 
     def inject_interrupt(self, vector: int) -> None:
-        """In :meth:`HvmTraps.interrupt_window`: the guest takes this interrupt before its next instruction."""
+        """In :meth:`HvmTraps.interrupt_window`, or while :meth:`interruptible`: the guest takes this interrupt before
+        its next instruction."""
         self._hvm()
         if self._block32[hvm.EVENT >> 2] & hvm.VALID:
             raise InternalError("an interrupt while another event waits")

@@ -89,6 +89,7 @@ HF_CS32, HF_SS32, HF_ADDSEG = 1 << 4, 1 << 5, 1 << 6
 HF_TS = 1 << 11
 HF_INHIBIT_IRQ = 1 << 3
 HF_LMA, HF_CS64 = 1 << 14, 1 << 15
+HF_PE, HF_VM = 1 << 7, 1 << 17
 HF_GUEST = 1 << 21
 HF_SMAP = 1 << 23
 HF_FROM_EFLAGS = 0x73100  # TF IOPL RF VM AC: the translator takes them from eflags, a stale copy here would stick

@@ -48,6 +48,7 @@ _SI_TIMER = -2
 _BLOCKS_AT_ONCE = 64
 _HANDLERS_END_S = 1.0
 _PROOF_S = 0.2
+_MUCH_NS = 20_000
 
 
 class _SigAction(ctypes.Structure):
@@ -312,6 +313,10 @@ class KickTimer:
         thread = _thread()
         if handle.owner is not thread:
             handle.change_thread(thread)
+        armed = self._armed
+        if deadline_ns is not None and armed[_Block.ARMED] < deadline_ns - _MUCH_NS:
+            # It would fire in the middle of this run, which costs ten times as much as to arm it anew.
+            armed[_Block.ARMED] = NEVER
         return self.set(deadline_ns)
 
     def set(self, deadline_ns: int | None) -> bool:

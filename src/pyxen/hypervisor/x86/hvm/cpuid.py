@@ -34,7 +34,6 @@ _APM_D: Final = 1 << 8
 _VCPU_ID_PRESENT: Final = 1 << 3
 _DOMID_PRESENT: Final = 1 << 4
 _X2APIC_VIRT: Final = 1 << 1
-_UPCALL_VECTOR: Final = 1 << 6
 _TSC_RELIABLE: Final = 1 << 1
 _RDTSCP: Final = 1 << 2
 
@@ -88,8 +87,9 @@ class HvmCpuidPolicy(CpuidPolicy):
         if leaf == XEN_LEAF + 4:
             if subleaf:
                 return 0, 0, 0, 0
-            return (_VCPU_ID_PRESENT | _DOMID_PRESENT | _X2APIC_VIRT | _UPCALL_VECTOR, hvm.vcpu.vcpu_id,
-                    hvm.domain.domid, 0)
+            # Not XEN_HVM_CPUID_UPCALL_VECTOR, which is 4.17's: a Linux that sees it takes every event through the local
+            # APIC, at the price of an EOI each. HVMOP_set_evtchn_upcall_vector is there for those who ask for it.
+            return _VCPU_ID_PRESENT | _DOMID_PRESENT | _X2APIC_VIRT, hvm.vcpu.vcpu_id, hvm.domain.domid, 0
         if leaf == 0x80000001:
             a, b, c, d = self._leaf(leaf, 0, None)
             return a, b, c, d | _E1D

@@ -114,6 +114,10 @@ class HvmVcpu:
         if self.vcpu.nmi_pending:
             self.vcpu.nmi_pending = False
             hvm_cpu.inject_nmi()
+        if self.pending_vector() >= 0 and hvm_cpu.interruptible():
+            # What the window would lead to, without leaving the guest once more: a vCPU that wakes from HLT.
+            self.traps.counts["interrupt"] += 1
+            hvm_cpu.inject_interrupt(self.take_interrupt())
         self.update_window()
 
     def flush_tlb(self) -> None:
@@ -242,11 +246,10 @@ class HvmVcpu:
         """hvm_guest_x86_mode(): 8, 4 or 2 by the code segment; 1 for virtual-8086 mode, 0 for real mode."""
         cpu = self.live_cpu
         if cpu is not None:
-            cr0, efer, flags, attributes = cpu.get_cr(0), cpu.get_efer(), cpu.flags, cpu.segment(1).attributes
-        else:
-            registers = self.registers()
-            cr0, efer, flags = registers.cr0, registers.efer, registers.flags
-            attributes = registers.segments[1].attributes
+            return cpu.code_bytes()
+        registers = self.registers()
+        cr0, efer, flags = registers.cr0, registers.efer, registers.flags
+        attributes = registers.segments[1].attributes
         if not cr0 & 1:
             return 0
         if flags & EFLAGS_VM:
@@ -349,7 +352,12 @@ class HvmVcpu:
         """Like :meth:`write`, at any time between two runs. Raises GuestAccessError."""
         if self.vcpu.context is None:
             raise GuestAccessError(address)
-        self.write(address, data)
+        if (address & 0xFFF) + len(data) > 4096 or self.domain.log_dirty is not None:
+            self.write(address, data)
+            return
+        maddr, _ = self._page(address, True)
+        if maddr >= 0:
+            self.bytes[maddr : maddr + len(data)] = data
 
     def read_u32(self, address: int) -> int:
         """A 32-bit word of guest memory."""
