@@ -23,17 +23,16 @@ Where this differs from Xen, and why:
 * Leftovers of domains that cannot use their share are divided among the rest by weight at once (Xen: by a carry from
   one domain to the next in list order).
 
-Locking: run queues and what is in :class:`_CreditVcpu` are under the run queue lock of the vCPU's pCPU.  ``_lock``
-guards who is active and the parameters; it is a leaf, taken after a run queue lock.  Accounting takes the run queue
-locks one vCPU at a time.
+Locking: run queues and what is in :class:`~pyxen.hypervisor.sched.credit_queue.CreditVcpu` are under the run queue lock
+of the vCPU's pCPU.  ``_lock`` guards who is active and the parameters; it is a leaf, taken after a run queue lock.
+Accounting takes the run queue locks one vCPU at a time.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyxen.abi.sched import (
@@ -44,13 +43,13 @@ from pyxen.abi.sched import (
 )
 from pyxen.errors import XenError
 from pyxen.hypervisor.sched.base import Decision, SchedulerHost
+from pyxen.hypervisor.sched.credit_queue import BOOST, OVER, PRIORITY_NAMES, UNDER, CreditCpu, CreditDomain, CreditVcpu
 from pyxen.hypervisor.timer import Timer
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
     from pyxen.hypervisor.vcpu import Vcpu
 
-DEFAULT_WEIGHT: Final = 256
 DEFAULT_TSLICE_MS: Final = 30
 DEFAULT_RATELIMIT_US: Final = 1000
 TICKS_PER_TSLICE: Final = 3
@@ -61,104 +60,16 @@ MIGRATION_DELAY_NS: Final = 1_000_000
 """How long a domain must have waited before another pCPU takes it: a move costs about as much (Xen:
 vcpu_migration_delay)."""
 
-# CSCHED_PRI_TS_*: also the index of the run queue's list, negated.
-BOOST: Final = 0
-UNDER: Final = -1
-OVER: Final = -2
-_PRIORITY_NAMES: Final = ("boost", "under", "over")
-
 _NOBODY: Final[tuple[int, ...]] = ()
 _NO_DOMAINS: Final[tuple[Domain, ...]] = ()
 _LEAST_SLICE_NS: Final = SCHED_RATELIMIT_MIN_US * 1000
 
 
-class _CreditDomain:
-    """``struct csched_dom``."""
-
-    __slots__ = ("active", "cap", "domain", "weight")
-
-    def __init__(self, domain: Domain) -> None:
-        self.domain = domain
-        self.weight = DEFAULT_WEIGHT
-        self.cap = 0
-        self.active: dict[_CreditVcpu, None] = {}
-
-
-class _CreditVcpu:
-    """``struct csched_vcpu``."""
-
-    __slots__ = (
-        "active", "credit_ns", "domain", "parked", "priority", "queued", "queued_ns", "start_ns", "vcpu", "yielded",
-    )
-
-    def __init__(self, vcpu: Vcpu, domain: _CreditDomain) -> None:
-        self.vcpu = vcpu
-        self.domain = domain
-        self.priority = UNDER
-        self.credit_ns = 0
-        self.start_ns = 0
-        """When the run not yet charged began."""
-        self.active = False
-        self.parked = False
-        self.queued = False
-        self.queued_ns = 0
-        """Since when it waits in the run queue."""
-        self.yielded = False
-
-
-class _CreditCpu:
-    """``struct csched_pcpu``: a run queue, one first-in-first-out list for each priority, and whose turn it is.
-
-    A *turn* is how long one domain has the pCPU (a time slice); in it its vCPUs rotate."""
-
-    __slots__ = ("directed", "nr_vcpus", "queues", "siblings", "tick", "turn", "turn_end_ns", "turn_start_ns")
-
-    def __init__(self, tick: Callable[[int], None]) -> None:
-        self.queues: tuple[OrderedDict[_CreditVcpu, None], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
-        self.siblings: dict[_CreditDomain, OrderedDict[_CreditVcpu, None]] = {}
-        """What is queued, by domain."""
-        self.tick = Timer(tick)
-        self.nr_vcpus = 0
-        self.turn: _CreditDomain | None = None
-        self.turn_start_ns = 0
-        self.turn_end_ns = 0
-        self.directed: _CreditVcpu | None = None
-        """Who is to run next within the turn (an IPI was sent to it)."""
-
-    def insert(self, svc: _CreditVcpu, now_ns: int) -> None:
-        """__runq_insert(): last of its priority."""
-        svc.queued = True
-        svc.queued_ns = now_ns
-        self.queues[-svc.priority][svc] = None
-        self.siblings.setdefault(svc.domain, OrderedDict())[svc] = None
-
-    def remove(self, svc: _CreditVcpu) -> None:
-        """__runq_remove()."""
-        if svc.queued:
-            svc.queued = False
-            del self.queues[-svc.priority][svc]
-            same = self.siblings[svc.domain]
-            del same[svc]
-            if not same:
-                del self.siblings[svc.domain]
-            if self.directed is svc:
-                self.directed = None
-
-    def sibling(self, sdom: _CreditDomain) -> _CreditVcpu | None:
-        """The queued vCPU of ``sdom`` that runs next: the one an IPI went to, else the one that waits longest.
-
-        Whatever its priority: within a domain vCPUs wait for each other, and those in debt may have what the others
-        spin for."""
-        if self.directed is not None and self.directed.domain is sdom:
-            return self.directed
-        return next(iter(self.siblings.get(sdom, ())), None)
-
-
 class _Claim(NamedTuple):
     """What one domain brings to an accounting."""
 
-    domain: _CreditDomain
-    vcpus: list[_CreditVcpu]
+    domain: CreditDomain
+    vcpus: list[CreditVcpu]
     share: int
     """weight × active vCPUs."""
     limit_ns: int
@@ -173,10 +84,10 @@ class CreditScheduler:
     def __init__(self, *, tslice_ms: int = DEFAULT_TSLICE_MS, ratelimit_us: int = DEFAULT_RATELIMIT_US) -> None:
         self._host: SchedulerHost
         self._lock = threading.Lock()
-        self._cpus: dict[int, _CreditCpu] = {}
+        self._cpus: dict[int, CreditCpu] = {}
         self._queues: list[int] = []
         """pCPUs with a run queue of their own; the others in ``_cpus`` share one of these."""
-        self._active: dict[_CreditDomain, None] = {}
+        self._active: dict[CreditDomain, None] = {}
         self._accounting = Timer(self._account)
         self._last_account_ns = 0
         self.tslice_ns = DEFAULT_TSLICE_MS * 1_000_000
@@ -231,7 +142,7 @@ class CreditScheduler:
 
     def add_cpu(self, cpu: int) -> None:
         """A pCPU with a run queue of its own comes online."""
-        self._cpus[cpu] = _CreditCpu(lambda now: self._tick(cpu, now))
+        self._cpus[cpu] = CreditCpu(lambda now: self._tick(cpu, now))
         self._queues.append(cpu)
 
     def share_cpu(self, cpu: int, with_cpu: int) -> None:
@@ -240,7 +151,7 @@ class CreditScheduler:
 
     def add_domain(self, domain: Domain) -> None:
         """csched_dom_init()."""
-        domain.sched_data = _CreditDomain(domain)
+        domain.sched_data = CreditDomain(domain)
 
     def remove_domain(self, domain: Domain) -> None:
         """csched_dom_destroy()."""
@@ -255,7 +166,7 @@ class CreditScheduler:
 
     def add_vcpu(self, vcpu: Vcpu) -> None:
         """csched_vcpu_insert()."""
-        svc = _CreditVcpu(vcpu, _domain_data(vcpu.domain))
+        svc = CreditVcpu(vcpu, _domain_data(vcpu.domain))
         vcpu.sched_data = svc
         cpu = self._cpus[vcpu.processor]
         cpu.nr_vcpus += 1
@@ -325,7 +236,7 @@ class CreditScheduler:
     def has_siblings(self, vcpu: Vcpu) -> bool:
         """Whether another vCPU of its domain waits for the pCPU that ``vcpu`` has. Any thread; a hint."""
         data = vcpu.sched_data
-        return isinstance(data, _CreditVcpu) and data.domain in self._cpus[vcpu.processor].siblings
+        return isinstance(data, CreditVcpu) and data.domain in self._cpus[vcpu.processor].siblings
 
     # --- deciding ------------------------------------------------------------------------------------
 
@@ -336,7 +247,7 @@ class CreditScheduler:
         """
         runq = self._cpus[cpu]
         host = self._host
-        scurr: _CreditVcpu | None = None
+        scurr: CreditVcpu | None = None
         yielded = False
         ran = 0
         turn = runq.turn
@@ -356,7 +267,7 @@ class CreditScheduler:
         sibling = runq.sibling(turn) if turn is not None and turn in runq.siblings else None
         directed, runq.directed = runq.directed, None
         wanted: Sequence[Domain] = _NO_DOMAINS
-        other: _CreditVcpu | None = None
+        other: CreditVcpu | None = None
         if len(runq.siblings) > (sibling is not None):
             other, wanted = self._first_other(runq, cpu, turn)
         mine = OVER - 1
@@ -411,8 +322,8 @@ class CreditScheduler:
         return Decision(chosen.vcpu, slice_ns, wanted)
 
     def _first_other(
-        self, runq: _CreditCpu, cpu: int, turn: _CreditDomain | None
-    ) -> tuple[_CreditVcpu | None, list[Domain]]:
+        self, runq: CreditCpu, cpu: int, turn: CreditDomain | None
+    ) -> tuple[CreditVcpu | None, list[Domain]]:
         """The first of the highest priority that is not of ``turn`` and may run here, and the domains of those before
         it that are at home elsewhere."""
         wanted: list[Domain] = []
@@ -456,7 +367,7 @@ class CreditScheduler:
                         again = ready if again is None else min(again, ready)
         return again
 
-    def _burn(self, svc: _CreditVcpu, now_ns: int) -> None:
+    def _burn(self, svc: CreditVcpu, now_ns: int) -> None:
         """burn_credits(): charge a run, as far as it is not charged yet."""
         ran = now_ns - svc.start_ns
         if ran <= 0:
@@ -466,14 +377,14 @@ class CreditScheduler:
         if not svc.active:
             self._activate(svc)
 
-    def _activate(self, svc: _CreditVcpu) -> None:
+    def _activate(self, svc: CreditVcpu) -> None:
         """__csched_vcpu_acct_start()."""
         with self._lock:
             svc.active = True
             svc.domain.active[svc] = None
             self._active[svc.domain] = None
 
-    def _deactivate(self, svc: _CreditVcpu) -> None:
+    def _deactivate(self, svc: CreditVcpu) -> None:
         """__csched_vcpu_acct_stop_locked()."""
         with self._lock:
             svc.active = False
@@ -630,22 +541,22 @@ def _divide(total: int, claims: list[_Claim]) -> list[tuple[_Claim, int]]:
     return result
 
 
-def _vcpu_data(vcpu: Vcpu) -> _CreditVcpu:
+def _vcpu_data(vcpu: Vcpu) -> CreditVcpu:
     data = vcpu.sched_data
-    assert isinstance(data, _CreditVcpu)
+    assert isinstance(data, CreditVcpu)
     return data
 
 
-def _domain_data(domain: Domain) -> _CreditDomain:
+def _domain_data(domain: Domain) -> CreditDomain:
     data = domain.sched_data
-    assert isinstance(data, _CreditDomain)
+    assert isinstance(data, CreditDomain)
     return data
 
 
-def _describe(svc: _CreditVcpu) -> str:
+def _describe(svc: CreditVcpu) -> str:
     vcpu = svc.vcpu
     sdom = svc.domain
     return (
-        f"[{vcpu.domain.domid}.{vcpu.vcpu_id}] pri={_PRIORITY_NAMES[-svc.priority]} cpu={vcpu.processor} "
+        f"[{vcpu.domain.domid}.{vcpu.vcpu_id}] pri={PRIORITY_NAMES[-svc.priority]} cpu={vcpu.processor} "
         f"credit={svc.credit_ns // 100_000} [w={sdom.weight},cap={sdom.cap}]{' parked' if svc.parked else ''}"
     )
