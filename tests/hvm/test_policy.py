@@ -36,6 +36,7 @@ def test_the_vcpu_is_named(host: Machine) -> None:
     assert cpuid(guest, 1)[1] >> 24 == 4
     assert cpuid(guest, 0xB, 0)[3] == 4
     assert cpuid(guest, 0x40000004)[1:3] == (2, guest.domid)
+    assert not cpuid(guest, 0x40000004)[0] & 1 << 6  # XEN_HVM_CPUID_UPCALL_VECTOR: 4.17's
 
 
 def test_xen_leaves(guest: Guest) -> None:

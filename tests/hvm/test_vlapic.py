@@ -287,3 +287,19 @@ def test_halting_with_interrupts_off_ends_the_last_vcpu(guest: Guest) -> None:
     guest.traps.halt(0x1000)
     assert guest.domain.is_shut_down
     assert guest.domain.shutdown_code == 0
+
+
+def test_an_interrupt_is_given_at_entry_to_a_guest_that_can_take_one(guest: Guest) -> None:
+    apic = lapic(guest)
+    apic.write(SPIV, 0x1FF)
+    apic.set_irq(0x41)
+    guest.flags = 2
+    guest.hvm.before_entry(guest.machine.cpu)
+    assert not guest.journal("interrupt")
+    assert guest.journal("window")[-1] == ("window", True)  # RFLAGS.IF is clear: it will say when
+    guest.flags = 0x202
+    guest.hvm.before_entry(guest.machine.cpu)
+    assert guest.journal("interrupt") == [("interrupt", 0x41)]
+    assert guest.journal("window")[-1] == ("window", False)
+    guest.hvm.before_entry(guest.machine.cpu)
+    assert guest.journal("interrupt") == [("interrupt", 0x41)]  # once

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyxen.machine.cpu.base import R11, RAX, RBX, RCX, RDI, RDX, RIP, RSI, RSP, Exit, Seg
+from pyxen.machine.cpu.base import R11, RAX, RBX, RCX, RDI, RDX, RIP, RSI, RSP, Exit, Seg, Segment
 from tests.machine import hvm_programs as programs
 from tests.machine.hvm_support import (
     CODE,
@@ -392,6 +392,87 @@ def test_interrupt_shadow_of_mov_ss(nested: HvmMachine) -> None:
     nested.rec.on["io_write"] = lambda *_: _inject_once(nested, 0x41)
     assert nested.go() is Exit.STOP
     assert [f.rip for f in nested.rec.frames] == [CODE + 7]
+
+
+def test_an_interrupt_before_a_run(nested: HvmMachine) -> None:
+    """What waits, an interrupt shadow and IF decide whether there can be one; it needs no window."""
+    cpu = nested.begin(programs.STI_SHADOW)
+    assert not cpu.interruptible()                               # IF is clear
+    nested.rec.on["halt"] = lambda next_rip: next_rip
+    cpu.flags = 0x202
+    assert cpu.interruptible()
+    cpu.inject_nmi()
+    assert not cpu.interruptible()
+    cpu.load(nested.context())
+    cpu.flags = 0x202
+    cpu.inject_interrupt(0x41)
+    assert not cpu.interruptible()                               # that one waits
+    nested.write(CODE, programs.STI_SPIN)
+    cpu.gpr[RIP] = CODE
+    assert nested.go() is Exit.STOP
+    (frame,) = nested.rec.frames
+    assert (frame.vector, frame.rip) == (0x41, CODE)
+    assert "interrupt_window" not in nested.rec.kinds
+
+
+@pytest.mark.parametrize(("mode", "size"), [("64", 8), ("pae", 4), ("32", 4), ("flat", 4)])
+def test_what_the_code_is(nested: HvmMachine, mode: str, size: int) -> None:
+    cpu = nested.cpu
+    context = nested.context(mode)
+    cpu.load(context)
+    assert cpu.code_bytes() == size
+    cpu.unload()
+    registers = context.get_hvm()
+    registers.segments[1].attributes &= ~0x6000                  # L and D clear: 16-bit code
+    context.put_hvm(registers)
+    cpu.load(context)
+    assert cpu.code_bytes() == 2
+    cpu.unload()
+    if mode != "64":
+        registers.flags |= 0x20000
+        context.put_hvm(registers)
+        cpu.load(context)
+        assert cpu.code_bytes() == 1                             # virtual-8086 mode
+        cpu.unload()
+    registers.flags &= ~0x20000
+    registers.cr0, registers.efer = 0x10, 0
+    context.put_hvm(registers)
+    cpu.load(context)
+    assert cpu.code_bytes() == 0
+
+
+def test_virtual_8086_mode_outlives_a_switch(nested: HvmMachine) -> None:
+    """Another context is loaded in between; HLT is #GP there, and its frame has RFLAGS.VM."""
+    cpu = nested.cpu
+    nested.write(CODE, b"\x90\xf4")
+    context, other = nested.context("32"), nested.context("32")
+    registers = context.get_hvm()
+    registers.flags |= 0x20000
+    registers.segments = [Segment(CODE >> 4, CODE, 0xffff, 0xf3) for _ in range(6)]
+    registers.gpr[RIP], registers.gpr[RSP] = 0, 0x100
+    context.put_hvm(registers)
+    cpu.load(context)
+    cpu.load(other)
+    cpu.load(context)
+    assert cpu.code_bytes() == 1 and cpu.flags & 0x20000
+    assert nested.go() is Exit.STOP
+    (frame,) = nested.rec.frames
+    assert (frame.vector, frame.error_code, frame.rip, frame.cs & 0xffff) == (13, 0, 1, CODE >> 4)
+    assert frame.flags & 0x20000
+    assert cpu.code_bytes() != 1 and not cpu.flags & 0x20000  # the handler is ordinary code
+
+
+@pytest.mark.parametrize("change", [{"efer": 0xd01}, {"cr0": 0x10}])
+def test_virtual_8086_mode_is_dropped_where_there_is_none(nested: HvmMachine, change: dict[str, int]) -> None:
+    context = nested.context("64" if "efer" in change else "flat")
+    registers = context.get_hvm()
+    for name, value in change.items():
+        setattr(registers, name, value)
+    registers.flags |= 0x20000
+    context.put_hvm(registers)
+    assert context.get_hvm().flags & 0x20000 == 0
+    nested.cpu.load(context)
+    assert nested.cpu.code_bytes() != 1
 
 
 def test_sti_hlt_with_an_interrupt_waiting(nested: HvmMachine) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyxen.hypervisor.timer import Timer, TimerQueue
 from pyxen.machine.clock import VirtualClock
+from pyxen.machine.cpu.deadline import NEVER
 
 
 def queue() -> TimerQueue:
@@ -29,6 +30,21 @@ def test_timers_fire_in_order_of_their_deadlines_once() -> None:
     assert timers.run_expired(1000) == 0
     assert timers.next_deadline() is None
     assert len(timers) == 0
+
+
+def test_the_end_of_a_slice_is_a_deadline_beside_the_timers() -> None:
+    timers, ends = queue(), []
+    timers.on_slice = lambda: ends.append(timers.slice_end_ns)
+    timers.set(Timer(lambda _now: None), 50)
+    timers.slice_end_ns = 30
+    assert timers.next_deadline() == 30
+    assert timers.run_expired(29) == 0 and not ends
+    assert timers.run_expired(30) == 0 and ends == [NEVER]  # once
+    assert timers.next_deadline() == 50
+    timers.slice_end_ns = 60
+    assert timers.next_deadline() == 50
+    assert timers.run_expired(60) == 1 and len(ends) == 2
+    assert timers.next_deadline() is None
 
 
 def test_a_stopped_timer_does_not_fire_and_setting_again_moves_it() -> None:

@@ -30,8 +30,9 @@ from pyxen.errors import GuestFault, HostError, InternalError
 from pyxen.hypervisor.code_pages import CodePages
 from pyxen.hypervisor.runstate import update_runstate_area
 from pyxen.hypervisor.time import vcpu_periodic_timer_work
-from pyxen.hypervisor.timer import NEVER, TimerQueue
+from pyxen.hypervisor.timer import TimerQueue
 from pyxen.machine.cpu.base import Exit
+from pyxen.machine.cpu.deadline import NEVER
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
@@ -85,6 +86,7 @@ class Pcpu:
         self._running = False
         """Inside Cpu.run(). Of this thread only: true in trap handlers."""
         self._run_until_ns = NEVER
+        """Deadline of the run in progress."""
         self._resched = False
         self._executed_from = 0
         self._pause_exits = False
@@ -291,8 +293,7 @@ class Pcpu:
         if vcpu is not previous:
             self._current = vcpu
             if previous is not None:
-                if previous.runstate_guest_va is not None:
-                    update_runstate_area(previous)
+                update_runstate_area(previous)
                 previous.cpu = None
                 scheduler.context_saved(previous)
             if vcpu is not None:
@@ -304,10 +305,8 @@ class Pcpu:
                 # Set before posted events are applied (before_entry): see event_channel on who kicks whom.
                 vcpu.cpu = self.cpu
                 self.cpu.traps = vcpu.arch.traps
-                if vcpu.runstate_guest_va is not None:
-                    update_runstate_area(vcpu)
-                if vcpu.periodic_period_ns:
-                    vcpu_periodic_timer_work(vcpu)
+                update_runstate_area(vcpu)
+                vcpu_periodic_timer_work(vcpu)
         scheduler.hand_over(self.index)
 
     def _enter(self, vcpu: Vcpu) -> None:

@@ -46,8 +46,9 @@ from pyxen.hypervisor.sched_op import do_sched_op as do_sched_op
 from pyxen.hypervisor.sched_op import do_sched_op_compat as do_sched_op_compat
 from pyxen.hypervisor.schedule_homes import Homes, SchedulablePcpu, ScheduleData
 from pyxen.hypervisor.time import send_timer_event, vcpu_periodic_timer_work
-from pyxen.hypervisor.timer import NEVER, Timer, TimerQueue
+from pyxen.hypervisor.timer import Timer, TimerQueue
 from pyxen.hypervisor.vcpu import PauseFlag, RunState
+from pyxen.machine.cpu.deadline import NEVER
 
 if TYPE_CHECKING:
     from pyxen.hypervisor.domain import Domain
@@ -110,7 +111,7 @@ class Schedule(Homes):
 
     def timers(self, cpu: int) -> TimerQueue:
         """The timers of a pCPU; a vCPU's are those of ``vcpu.processor``."""
-        return self._cpus[cpu].timers
+        return self._cpus[cpu].pcpu.timers
 
     def tickle(self, cpus: Sequence[int]) -> None:
         """Make pCPUs decide again. Without locks."""
@@ -471,15 +472,11 @@ class Schedule(Homes):
         The pCPU then switches contexts and calls :meth:`context_saved` for the vCPU that ran before.
         """
         data = self._cpus[cpu]
-        timers = data.timers
-        previous = data.current
-        recheck: int | None = None
-        lock = data.lock
-        lock.acquire()
-        try:
+        timers = data.pcpu.timers
+        with data.lock:
             now = self.now_ns()
-            if data.claims:
-                recheck = self._answer_claims(data, now)
+            previous = data.current
+            recheck = self._answer_claims(data, now) if data.claims else None
             vcpu, slice_ns, wanted = self.ops.do_schedule(cpu, previous, now)
             if vcpu is not previous:
                 if previous is not None:
@@ -493,8 +490,6 @@ class Schedule(Homes):
                     vcpu.is_running = True
                 data.current = vcpu
                 data.switches += 1
-        finally:
-            lock.release()
         if recheck is not None:
             slice_ns = recheck - now if slice_ns is None else min(slice_ns, recheck - now)
         timers.slice_end_ns = NEVER if slice_ns is None else now + slice_ns
@@ -502,12 +497,10 @@ class Schedule(Homes):
         if vcpu is not previous:
             if previous is None:
                 self.ops.busy(cpu)
-            elif previous.periodic_timer.deadline_ns is not None:
+            else:
                 timers.stop(previous.periodic_timer)
             if vcpu is not None:
-                trace = self.hypervisor.trace
-                if trace.enabled:
-                    trace.event(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
+                self._trace(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         for domain in wanted:
             self.claim(domain, data.index)
         if len(self._queues) > 1:
@@ -519,7 +512,7 @@ class Schedule(Homes):
         a good part of one, and on a busy host all of it: nobody would get anywhere.)"""
         data = self._cpus[cpu]
         if data.slice_ns is not None:
-            data.timers.slice_end_ns = now_ns + data.slice_ns
+            data.pcpu.timers.slice_end_ns = now_ns + data.slice_ns
 
     def context_saved(self, vcpu: Vcpu) -> None:
         """The pCPU executes ``vcpu`` no more."""

@@ -79,7 +79,7 @@ class ScheduleData:
     """``struct schedule_data``: one pCPU."""
 
     __slots__ = (
-        "claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_ns", "switches", "timers",
+        "claims", "current", "index", "leaving", "lock", "pcpu", "retry_timer", "slice_ns", "switches",
     )
 
     def __init__(self, pcpu: SchedulablePcpu) -> None:
@@ -87,10 +87,9 @@ class ScheduleData:
         self.index = pcpu.index
         self.lock = TicketLock(f"run queue of pCPU {pcpu.index}")
         self.current: Vcpu | None = None
-        self.timers = pcpu.timers
-        self.timers.on_slice = pcpu.request_resched
+        pcpu.timers.on_slice = pcpu.request_resched
         self.slice_ns: int | None = None
-        """Length of the slice that timers.slice_end_ns ends."""
+        """Length of the slice that pcpu.timers.slice_end_ns ends."""
         self.retry_timer = Timer(lambda _now: pcpu.request_resched())
         """When to look for other pCPUs' work again."""
         self.switches = 0
@@ -241,9 +240,8 @@ class Homes:
         """Ask for work of others, if this pCPU has little to do."""
         work = self.ops.find_work(data.index, now)
         if work is None:
-            if data.retry_timer.deadline_ns is not None:
-                data.timers.stop(data.retry_timer)
+            data.pcpu.timers.stop(data.retry_timer)
         elif isinstance(work, int):
-            data.timers.set(data.retry_timer, work)
+            data.pcpu.timers.set(data.retry_timer, work)
         else:
             self.claim(work, data.index)

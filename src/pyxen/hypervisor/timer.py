@@ -21,14 +21,14 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from pyxen.machine.cpu.deadline import NEVER
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
 
 _SWEEP_MIN = 64
-NEVER: Final = (1 << 63) - 1
-"""STIME_MAX."""
 
 
 class Timer:
@@ -129,8 +129,9 @@ class TimerQueue:
 
     def stop(self, timer: Timer) -> None:
         """stop_timer()."""
-        with self._lock:
-            self._disarm(timer)
+        if timer.deadline_ns is not None:  # else it is not armed: most that are stopped at a switch are not
+            with self._lock:
+                self._disarm(timer)
 
     def kill(self, timer: Timer) -> None:
         """kill_timer(): see :meth:`Timer.kill`."""

@@ -102,8 +102,21 @@ class HvmRegisters:
     fxsave: bytes
 
 
-class HvmContext(Protocol):
-    """Saved state of a vCPU under nested paging. :meth:`Context.get` and ``put`` work too, on the part they know."""
+class Context(Protocol):
+    """Saved state of a vCPU that is not loaded on any engine."""
+
+    def get(self) -> Registers:
+        """Decode the saved state."""
+        ...
+
+    def put(self, registers: Registers) -> None:
+        """Replace the saved state. Segment descriptors are flat 64-bit ones of the CPL chosen by
+        :meth:`Cpu.new_context`."""
+        ...
+
+
+class HvmContext(Context, Protocol):
+    """Saved state of a vCPU under nested paging. :meth:`Context.get` and ``put`` know a part of it."""
 
     def get_hvm(self) -> HvmRegisters:
         """Decode the saved state."""
@@ -124,19 +137,6 @@ class HvmContext(Protocol):
 
     def set_nested_root(self, maddr: int) -> None:
         """The nested page-table root (4 levels, x86-64 format, machine address) it runs under from its next load on."""
-        ...
-
-
-class Context(Protocol):
-    """Saved state of a vCPU that is not loaded on any engine."""
-
-    def get(self) -> Registers:
-        """Decode the saved state."""
-        ...
-
-    def put(self, registers: Registers) -> None:
-        """Replace the saved state. Segment descriptors are flat 64-bit ones of the CPL chosen by
-        :meth:`Cpu.new_context`."""
         ...
 
 

@@ -30,11 +30,17 @@ _XMM_IN_FXSAVE = 160
 _ST_IN_FXSAVE = 32
 
 
+LONG_MODE_FLAGS = 0x3d7fd7
+"""Every flag that is defined but VM, which long mode does not have."""
+
+
 class UnicornContext:
     """State of one vCPU. ``dr`` holds DR0-DR7; the image's copy of DR7 is always disabled, since enabled breakpoints
     are pointers."""
 
     __slots__ = ("buffer", "dr7", "engine", "fpu_changed", "tlb", "view", "view32", "view64")
+    flags = LONG_MODE_FLAGS
+    """The bits of RFLAGS that it can have."""
 
     def __init__(self, image: bytes) -> None:
         self.buffer = ctypes.create_string_buffer(image, ui.CONTEXT_SIZE)
@@ -140,9 +146,9 @@ _EFLAGS, _CC_SRC, _CC_OP, _DF = ui.EFLAGS >> 3, ui.CC_SRC >> 3, ui.CC_OP >> 2, u
 _IN_CC, _CC_OP_EFLAGS = ui.FLAGS_IN_CC, ui.CC_OP_EFLAGS
 
 
-def settle_flags(v64: memoryview, v32: memoryview, flags: int) -> None:
-    """Write RFLAGS in both of the engine's forms."""
-    flags = flags & 0x3d7fd7 | 2  # everything defined but VM, which long mode does not have
+def settle_flags(v64: memoryview, v32: memoryview, flags: int, defined: int = LONG_MODE_FLAGS) -> None:
+    """Write the ``defined`` ones of RFLAGS in both of the engine's forms."""
+    flags = flags & defined | 2
     v64[_EFLAGS] = flags
     v64[_CC_SRC] = flags & _IN_CC
     v32[_CC_OP] = _CC_OP_EFLAGS

@@ -8,7 +8,7 @@ import ctypes
 from pyxen.errors import InternalError
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import HvmRegisters, Segment
-from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
+from pyxen.machine.cpu.unicorn_context import LONG_MODE_FLAGS, UnicornContext, settle_flags
 
 _U64 = (1 << 64) - 1
 _U32 = 0xffffffff
@@ -65,6 +65,7 @@ def write_msr(v64: memoryview, v32: memoryview, number: int, value: int) -> None
         v64[at >> 3] = value & _U64
 
 
+_VM = 0x20000
 _CR0, _CR3, _CR4, _EFER = ui.CR0 >> 3, ui.CR3 >> 3, ui.CR4 >> 3, ui.EFER >> 3
 
 
@@ -72,6 +73,7 @@ class UnicornHvmContext(UnicornContext):
     """State of one vCPU under nested paging: the image, what waits for delivery, and what was asked for."""
 
     __slots__ = ("_lib", "event", "event_error", "nmi", "window")
+    flags = LONG_MODE_FLAGS | _VM
 
     def __init__(self, image: bytes, vmcb: int, nested_root: int, lib: ui.Library) -> None:
         super().__init__(image)
@@ -152,7 +154,9 @@ class UnicornHvmContext(UnicornContext):
         v64, v32 = self.view64, self.view32
         for n, value in enumerate(r.gpr):
             v64[n] = value & _U64
-        settle_flags(v64, v32, r.flags)
+        # VM counts in protected mode only; elsewhere it is dropped, as bits that are not defined are.
+        legacy = r.cr0 & CR0_PE and not r.efer & EFER_LMA
+        settle_flags(v64, v32, r.flags, self.flags if legacy else LONG_MODE_FLAGS)
         for n, segment in enumerate(r.segments):
             _write_segment(v64, v32, ui.SEGS + ui.SEG_SIZE * n, segment)
         _write_segment(v64, v32, ui.LDT, r.ldtr)

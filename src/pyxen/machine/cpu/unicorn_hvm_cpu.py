@@ -45,7 +45,7 @@ MEMORY_LIMIT = _BLOCK
 _GP, _DF, _DB = 13, 8, 1
 _CR0, _CR3, _CR4, _EFER = ui.CR0 >> 3, ui.CR3 >> 3, ui.CR4 >> 3, ui.EFER >> 3
 _EFLAGS, _HFLAGS, _EVENT, _NMI = ui.EFLAGS >> 3, ui.HFLAGS >> 2, hvm.EVENT >> 2, hvm.NMI >> 2
-_IF = 0x200
+_IF, _VM = 0x200, 0x20000
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 _TF, _RF = 1 << 8, 1 << 16
 _DR6_BS = 1 << 14
@@ -354,11 +354,11 @@ class HvmPart:
         return v64[_CR0], v64[_CR3], v64[_CR4], v64[_EFER]
 
     def code_bytes(self) -> int:
-        """By the engine's summary of CR0, EFER, RFLAGS and CS."""
+        """By the engine's summary of CR0, EFER and CS; RFLAGS.VM is not in it (HF_FROM_EFLAGS)."""
         hflags = self._v32[_HFLAGS]
         if not hflags & ui.HF_PE:
             return 0
-        if hflags & ui.HF_VM:
+        if self._v64[_EFLAGS] & _VM:
             return 1
         if hflags & ui.HF_CS64:
             return 8

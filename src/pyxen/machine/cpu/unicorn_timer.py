@@ -48,7 +48,7 @@ _SI_TIMER = -2
 _BLOCKS_AT_ONCE = 64
 _HANDLERS_END_S = 1.0
 _PROOF_S = 0.2
-_MUCH_NS = 20_000
+_MUCH_NS = 20_000           # an armed timer that is earlier than the deadline of a new run by more is armed anew
 
 
 class _SigAction(ctypes.Structure):

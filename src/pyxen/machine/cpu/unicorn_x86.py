@@ -28,7 +28,7 @@ from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
 from pyxen.machine.cpu.deadline import AlarmClock, AlarmDeadline, Deadline
-from pyxen.machine.cpu.unicorn_context import UnicornContext, settle_flags
+from pyxen.machine.cpu.unicorn_context import LONG_MODE_FLAGS, UnicornContext, settle_flags
 from pyxen.machine.cpu.unicorn_hvm import PAUSE_EXITS
 from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
 from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
@@ -291,7 +291,8 @@ class UnicornX86(HvmPart):
 
     @flags.setter
     def flags(self, value: int) -> None:
-        settle_flags(self._v64, self._v32, value)
+        loaded = self.loaded
+        settle_flags(self._v64, self._v32, value, LONG_MODE_FLAGS if loaded is None else loaded.flags)
         self._v32[_HFLAGS] &= _HF_SETTLED
         if self._running:
             self._v64[_EFLAGS] &= _FLAGS_STRICT
@@ -516,7 +517,7 @@ class UnicornX86(HvmPart):
         context.dr7 = dr7 = v64[_DR7]
         if dr7 & 0xff:
             self._lib.update_dr7(self._env, 0x400)
-        settle_flags(v64, self._v32, flags)
+        settle_flags(v64, self._v32, flags, context.flags)
         context.view[:] = self._image
         context.engine = None
         self.loaded = None

@@ -153,7 +153,7 @@ def _put(vcpu: Vcpu, registers: HvmRegisters) -> None:
         context.put_hvm(registers)
     except InternalError as error:
         raise XenError(errno.EINVAL, str(error)) from error
-    vcpu.context = context  # type: ignore[assignment]  # an engine's contexts of both kinds are Contexts
+    vcpu.context = context
     vcpu.hvm.window = False
 
 

@@ -243,10 +243,7 @@ class HvmTraps:
         try:
             if hvm.domain.evtchn.posted:
                 hvm.domain.evtchn.apply_posted()
-            vector = hvm.take_interrupt()
-            if vector >= 0:
-                self.counts["interrupt"] += 1
-                self._cpu().inject_interrupt(vector)
+            hvm.deliver_interrupt(self._cpu())
             hvm.update_window()
         except Exception as error:
             self._crash("interrupt window", error, rip)

@@ -2,8 +2,9 @@
 """``struct hvm_vcpu``: a translated domain's vCPU, its view of memory, and what interrupts it next (Xen:
 xen/arch/x86/hvm/hvm.c, irq.c).
 
-Interrupts are given by *windows*: as long as something could be delivered the engine is asked to say when the guest
-can take it (``request_interrupt_window``), and only then it is decided what is delivered. Everything that changes the
+Interrupts are given at entry, to a guest that can take one, and else by *windows*: as long as something could be
+delivered the engine is asked to say when the guest can take it (``request_interrupt_window``), and only then it is
+decided what is delivered. Everything that changes the
 answer (an event, an IRR bit, the TPR, an EOI) calls :meth:`HvmVcpu.update_window`. All of it runs on the thread of
 the domain's engine; others change a flag and kick.
 
@@ -114,10 +115,9 @@ class HvmVcpu:
         if self.vcpu.nmi_pending:
             self.vcpu.nmi_pending = False
             hvm_cpu.inject_nmi()
-        if self.pending_vector() >= 0 and hvm_cpu.interruptible():
+        if hvm_cpu.interruptible():
             # What the window would lead to, without leaving the guest once more: a vCPU that wakes from HLT.
-            self.traps.counts["interrupt"] += 1
-            hvm_cpu.inject_interrupt(self.take_interrupt())
+            self.deliver_interrupt(hvm_cpu)
         self.update_window()
 
     def flush_tlb(self) -> None:
@@ -165,6 +165,13 @@ class HvmVcpu:
         if vector >= 0:
             self.vlapic.ack_pending_irq(vector)
         return vector
+
+    def deliver_interrupt(self, cpu: HvmCpu) -> None:
+        """hvm_intr_assist(): the guest, which can, takes what has priority now, if anything has."""
+        vector = self.take_interrupt()
+        if vector >= 0:
+            self.traps.counts["interrupt"] += 1
+            cpu.inject_interrupt(vector)
 
     def event_state_changed(self) -> None:
         """Something to deliver came up, or went: vcpu_kick()."""
@@ -352,12 +359,7 @@ class HvmVcpu:
         """Like :meth:`write`, at any time between two runs. Raises GuestAccessError."""
         if self.vcpu.context is None:
             raise GuestAccessError(address)
-        if (address & 0xFFF) + len(data) > 4096 or self.domain.log_dirty is not None:
-            self.write(address, data)
-            return
-        maddr, _ = self._page(address, True)
-        if maddr >= 0:
-            self.bytes[maddr : maddr + len(data)] = data
+        self.write(address, data)
 
     def read_u32(self, address: int) -> int:
         """A 32-bit word of guest memory."""
