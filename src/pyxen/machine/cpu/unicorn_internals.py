@@ -186,6 +186,7 @@ class Library:
         self.hvm: Placed                                               # unicorn_hvm
         self.block_check = False                                       # unicorn_blockcheck is installed
         self.exchange_spaces: Callable[[Any, int], int] | None = None  # unicorn_spaces
+        self.exchange_tlb: Callable[[int, int, int], None] | None = None  # unicorn_tlb
 
         # emu_start runs guest code: the one call that must let other Python threads go on.
         self.emu_start = self._free.uc_emu_start

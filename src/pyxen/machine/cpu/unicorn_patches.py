@@ -30,7 +30,7 @@ run in any number of threads. Engines that are not ours (``no_exit_request`` cle
   thread, less so from a signal) would wait for the next exit, perhaps for ever. QEMU's comment asks for the other
   order, which the compiler may not keep; the patch restores it.
 
-``unicorn_dirty``, ``unicorn_hvm``, ``unicorn_blockcheck`` and ``unicorn_spaces`` hold the larger ones.
+``unicorn_dirty``, ``unicorn_hvm``, ``unicorn_blockcheck``, ``unicorn_spaces`` and ``unicorn_tlb`` hold the larger ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty, unicorn_hvm, unicorn_spaces
+from pyxen.machine.cpu import unicorn_blockcheck, unicorn_dirty, unicorn_hvm, unicorn_spaces, unicorn_tlb
 from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.unicorn_code import JE, JNE, Code, CodePage, jump
 
@@ -136,7 +136,7 @@ def _clear_then_read(lib: ui.Library) -> tuple[int, bytes]:
 
 
 def install(lib: ui.Library, uc_pointer: int) -> None:
-    """Apply every patch, and the optional ones (``unicorn_blockcheck``, ``unicorn_spaces``) if they fit.
+    """Apply every patch, and the optional ones (``unicorn_blockcheck``, ``_spaces``, ``_tlb``) if they fit.
 
     ``uc_pointer``: any idle engine. Raises EngineError, before anything is changed, if a needed one does not fit.
     """
@@ -166,9 +166,11 @@ def install(lib: ui.Library, uc_pointer: int) -> None:
     if block_check is not None:
         entries.append(block_check)
     exchange_spaces = unicorn_spaces.prepare(lib, page)
+    exchange_tlb = unicorn_tlb.prepare(lib, page)
     page.seal()
     for address, content in entries:
         page.overwrite(address, content)
     lib.next_code = next_code
     lib.block_check = block_check is not None
     lib.exchange_spaces = exchange_spaces
+    lib.exchange_tlb = exchange_tlb

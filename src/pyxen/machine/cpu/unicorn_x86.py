@@ -34,7 +34,7 @@ from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
 from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
 from pyxen.machine.cpu.unicorn_timer import KickTimer
-from pyxen.machine.cpu.unicorn_tlb import CODE_GENERATION, ContextTlb, supported
+from pyxen.machine.cpu.unicorn_tlb import CODE_GENERATION, ContextTlb
 
 if TYPE_CHECKING:
     from pyxen.machine.clock import Clock
@@ -107,7 +107,7 @@ class UnicornX86(HvmPart):
         self._running = False
         self._slot = 0
         self._roots = [-1, -1]
-        self._own_tlbs = supported(lib)
+        self._exchange_tlb = lib.exchange_tlb
         self._spare_tlbs: list[ContextTlb] = []
         self.tlb = ContextTlb(self)  # the one that the engine was made with
         self.tlb.filled = True
@@ -478,14 +478,17 @@ class UnicornX86(HvmPart):
                 tlb.engine.retire(tlb)
             tlb = context.tlb = self._spare_tlbs.pop() if self._spare_tlbs else ContextTlb(self)
             tlb.stale = True
-        elif not self._own_tlbs:
-            tlb.stale = True
         generation = self._block32[CODE_GENERATION >> 2]
         used = self.tlb
-        if tlb is not used and self._own_tlbs:
+        if tlb is not used:
+            if self._exchange_tlb is None:
+                tlb.stale = True
+            else:
+                self._exchange_tlb(self._state.env, used.address, tlb.address)
+                if not tlb.filled:
+                    self._lib.tlb_init(self._cpu)
+                    tlb.filled = True
             used.generation, used.slot, used.roots = generation, self._slot, self._roots
-            used.put_aside(self._state.env)
-            tlb.use(self._lib, self._cpu, self._state.env)
             self.tlb = tlb
             self._slot, self._roots = tlb.slot, tlb.roots
             if tlb.generation != generation:
