@@ -89,7 +89,7 @@ def _fill_the_engine(two: Two) -> None:
 def test_blocks_that_are_gone_are_not_executed_from_what_was_put_aside(
         machine: Machine, forget: Callable[[Two], None]) -> None:
     two = Two(machine)
-    assert two.run(1, 0) == [2, 1]
+    assert two.run(1, 0, 1, 0) == [2, 1, 2, 1]           # twice: a page's first translation flushes what is put aside
     machine.memory.write(0x6000, RETURN_3)              # announced by nobody: only a new translation shows it
     forget(two)
     assert two.run(1, 0, 1) == [3, 1, 3]
