@@ -258,7 +258,9 @@ class ModelPcpu:
     def reschedule(self) -> None:
         self.resched = False
         scheduler = self.hypervisor.scheduler
-        chosen = scheduler.schedule(self.index)
+        chosen = scheduler.rotate(self.index, self.hypervisor.clock.now_ns())
+        if chosen is None:
+            chosen = scheduler.schedule(self.index)
         if chosen is not self.current:
             self.switches += 1
             if self.current is not None:

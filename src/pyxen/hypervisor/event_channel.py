@@ -64,6 +64,7 @@ NR_PIRQS = 16 + 32
 """nr_static_irqs + extra_domU_irqs of a machine without IOAPIC: pIRQs below exist, but no guest is given one."""
 
 _ident = threading.get_ident
+_POLLING = int(PauseFlag.POLLING)
 
 
 class State(IntEnum):
@@ -395,7 +396,7 @@ class EventChannels:
         if not self.abi.is_masked(chn.port) and chn.notify_vcpu_id < len(domain.vcpus):
             scheduler.vcpu_unblock(domain.vcpus[chn.notify_vcpu_id])
         for vcpu in domain.vcpus:
-            if vcpu.pause_flags & PauseFlag.POLLING and vcpu.poll_port in (-1, 0, chn.port):
+            if vcpu.pause_flags & _POLLING and vcpu.poll_port in (-1, 0, chn.port):
                 scheduler.vcpu_unblock(vcpu)
             cpu = vcpu.cpu
             if cpu is not None:
@@ -427,7 +428,7 @@ class EventChannels:
         if self.abi.set_pending(vcpu, port) and vcpu is not None:
             vcpu_mark_events_pending(vcpu)
         for waiter in domain.vcpus:  # evtchn_check_pollers(): a poller waits for masked ports
-            if waiter.pause_flags & PauseFlag.POLLING and waiter.poll_port in (-1, 0, port):
+            if waiter.pause_flags & _POLLING and waiter.poll_port in (-1, 0, port):
                 domain.hypervisor.scheduler.vcpu_unblock(waiter)
 
     def is_pending(self, port: int) -> bool:

@@ -61,6 +61,7 @@ class Pcpu:
         self.cpu = cpu
         self.index = cpu.index
         self.clock = hypervisor.clock
+        self._now = hypervisor.clock.now_ns
         self.timers = TimerQueue(hypervisor.clock)
         self.timers.on_earlier = self._timer_is_earlier
         self.timers.on_error = self._report
@@ -90,7 +91,7 @@ class Pcpu:
         self._resched = False
         self._executed_from = 0
         self._pause_exits = False
-        """Whether PAUSE leaves the loaded context."""
+        """Whether PAUSE leaves the guest."""
         self._current: Vcpu | None = None
         self.code = CodePages(cpu)
         self.clock.subscribe(self.kick)
@@ -266,7 +267,7 @@ class Pcpu:
                 self._posted = []
         if posted:
             self._run_posted(posted)
-        self.timers.run_expired(self.clock.now_ns())
+        self.timers.run_expired(self._now())
         if self._resched:
             self._resched = False
             self._reschedule()
@@ -291,30 +292,31 @@ class Pcpu:
         previous = self._current
         vcpu = scheduler.schedule(self.index)
         if vcpu is not previous:
-            self._current = vcpu
-            if previous is not None:
-                update_runstate_area(previous)
-                previous.cpu = None
-                scheduler.context_saved(previous)
-            if vcpu is not None:
+            if vcpu is not None and (previous is None or previous.domain is not vcpu.domain):
                 domain = vcpu.domain
-                if previous is None or previous.domain is not domain:
-                    if domain.evtchn.home_thread != self.ident:
-                        domain.evtchn.home_thread = self.ident  # its first home, whose thread may not have run before
-                    self.code.enter(domain, self.hypervisor.frames)
-                # Set before posted events are applied (before_entry): see event_channel on who kicks whom.
-                vcpu.cpu = self.cpu
-                self.cpu.traps = vcpu.arch.traps
-                update_runstate_area(vcpu)
-                vcpu_periodic_timer_work(vcpu)
+                if domain.evtchn.home_thread != self.ident:
+                    domain.evtchn.home_thread = self.ident  # its first home, whose thread may not have run before
+                self.code.enter(domain, self.hypervisor.frames)
+            self._switch(previous, vcpu)
         scheduler.hand_over(self.index)
 
+    def _switch(self, previous: Vcpu | None, vcpu: Vcpu | None) -> None:
+        self._current = vcpu
+        if previous is not None:
+            update_runstate_area(previous)
+            previous.cpu = None
+            self.scheduler.context_saved(previous)
+        if vcpu is not None:
+            # Set before posted events are applied (before_entry): see event_channel on who kicks whom.
+            vcpu.cpu = self.cpu
+            self.cpu.traps = vcpu.arch.traps
+            update_runstate_area(vcpu)
+            if vcpu.periodic_period_ns:
+                vcpu_periodic_timer_work(vcpu)
+
     def _enter(self, vcpu: Vcpu) -> None:
-        cpu = self.cpu
-        context = vcpu.context
-        if context is None:
-            self._crash(vcpu.domain, f"{vcpu} was started without a context")
-            return
+        """Execute ``vcpu`` and, as long as the thread has nothing else to do, those of its domain that take turns with
+        it."""
         with self._lock:
             if self._poked or self._resched:
                 return
@@ -323,38 +325,9 @@ class Pcpu:
         rendezvous = self._rendezvous
         rendezvous.enter(domain, self)
         try:
-            switched = cpu.loaded is not context
-            if switched:
-                cpu.load(context)
-                self._pause_exits = False
-            siblings = self.scheduler.ops.has_siblings(vcpu)
-            if siblings is not self._pause_exits:
-                # A vCPU that spins may wait for another one, which waits for this engine.
-                self._pause_exits = siblings
-                cpu.set_pause_exits(siblings)
-            vcpu.arch.before_entry(cpu)
-            now = self.clock.now_ns()
-            if switched:
-                self.scheduler.slice_begins(self.index, now)
-                self._executed_from = time.thread_time_ns()
-            if self._resched or self._poked:
-                return  # an event it just got woke somebody more important, or gave this thread work
-            deadline = self.timers.next_deadline()
-            if self.max_run_ns is not None:
-                forced = now + self.max_run_ns
-                deadline = forced if deadline is None else min(deadline, forced)
-            if deadline is not None and deadline < now + _LEAST_RUN_NS:
-                # A slice may be over before the switch to it is: on a busy host that could be so for ever.
-                deadline = now + _LEAST_RUN_NS
-            self._run_until_ns = NEVER if deadline is None else deadline
-            self.entries += 1
-            self._running = True
-            try:
-                reason = cpu.run(deadline)
-            finally:
-                self._running = False
-            if reason is Exit.ERROR:
-                self._crash(domain, f"CPU engine failed: {cpu.error}")
+            following = self._run(vcpu)
+            while following is not None:
+                following = self._run(following)
         except GuestFault as error:
             self._crash(domain, str(error))
         except Exception as error:
@@ -363,6 +336,62 @@ class Pcpu:
         finally:
             rendezvous.leave(domain)
             self._in_guest = False
+
+    def _run(self, vcpu: Vcpu) -> Vcpu | None:
+        """Execute ``vcpu`` until it has to make room, and switch to the one of its domain that is next; None if that is
+        not all there is to do."""
+        cpu = self.cpu
+        context = vcpu.context
+        if context is None:
+            self._crash(vcpu.domain, f"{vcpu} was started without a context")
+            return None
+        switched = cpu.loaded is not context
+        if switched:
+            cpu.load(context)
+        siblings = self.scheduler.ops.has_siblings(vcpu)
+        if siblings is not self._pause_exits:
+            # A vCPU that spins may wait for another one, which waits for this engine.
+            self._pause_exits = siblings
+            cpu.set_pause_exits(siblings)
+        vcpu.arch.before_entry(cpu)
+        now = self._now()
+        if switched:
+            self.scheduler.slice_begins(self.index, now)
+            self._executed_from = time.thread_time_ns()
+        if self._resched or self._poked:
+            return None  # an event it just got woke somebody more important, or gave this thread work
+        timers = self.timers
+        deadline = timers.next_deadline()
+        if self.max_run_ns is not None:
+            forced = now + self.max_run_ns
+            deadline = forced if deadline is None else min(deadline, forced)
+        if deadline is not None and deadline < now + _LEAST_RUN_NS:
+            # A slice may be over before the switch to it is: on a busy host that could be so for ever.
+            deadline = now + _LEAST_RUN_NS
+        self._run_until_ns = NEVER if deadline is None else deadline
+        self.entries += 1
+        self._running = True
+        try:
+            reason = cpu.run(deadline)
+        finally:
+            self._running = False
+        if reason is Exit.ERROR:
+            self._crash(vcpu.domain, f"CPU engine failed: {cpu.error}")
+            return None
+        now = self._now()
+        resched = self._resched
+        if not resched and now < timers.slice_end_ns:
+            return None
+        if self._poked or self._waiters or now >= timers.first_ns or vcpu.domain.held:
+            return None
+        self._resched = False  # before the decision: who asks for another one after it is not forgotten
+        following = self.scheduler.rotate(self.index, now)
+        if following is None:
+            if resched:
+                self._resched = True
+            return None
+        self._switch(vcpu, following)
+        return following
 
     def _idle(self) -> None:
         begin = self.clock.now_ns()

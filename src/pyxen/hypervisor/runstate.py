@@ -65,5 +65,8 @@ def update_runstate_area(vcpu: Vcpu) -> None:
     """
     address = vcpu.runstate_guest_va
     if address is not None:
-        copy_to_kernel(vcpu, address, RUNSTATE_INFO.pack(
-            int(vcpu.runstate), vcpu.runstate_since_ns, *vcpu.runstate_time_ns))
+        data = RUNSTATE_INFO.pack(vcpu.runstate, vcpu.runstate_since_ns, *vcpu.runstate_time_ns)
+        try:
+            vcpu.arch.copy_to_kernel(address, data)
+        except GuestAccessError:
+            pass  # as above

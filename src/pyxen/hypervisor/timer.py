@@ -83,8 +83,9 @@ class TimerQueue:
         """Called in :meth:`run_expired` when :attr:`slice_end_ns` has come."""
         self.slice_end_ns = NEVER
         """A deadline beside the timers. Of the pCPU's thread only, which must not be in the guest when it sets one."""
-        self._first_ns = NEVER
-        """No entry of the heap is earlier. Written under the lock, read without it."""
+        self.first_ns = NEVER
+        """No timer is armed for an earlier time. Written under the lock, read without it: one that another thread sets
+        at this moment makes itself heard by ``on_earlier``."""
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._heap: list[tuple[int, int, Timer]] = []
@@ -117,8 +118,8 @@ class TimerQueue:
             timer.deadline_ns = deadline_ns
             heap = self._heap
             heapq.heappush(heap, (deadline_ns, serial, timer))
-            if deadline_ns < self._first_ns:
-                self._first_ns = deadline_ns
+            if deadline_ns < self.first_ns:
+                self.first_ns = deadline_ns
             if len(heap) > 2 * self._armed + _SWEEP_MIN:
                 self._sweep()
                 heap = self._heap
@@ -159,16 +160,16 @@ class TimerQueue:
         """System time of the first armed timer or of the end of the slice, None without either. On the pCPU's
         thread."""
         end = self.slice_end_ns
-        if self._first_ns < end:
+        if self.first_ns < end:
             with self._lock:
                 heap = self._heap
                 while heap:
                     deadline, serial, timer = heap[0]
                     if timer._serial == serial and timer._queue is self:
-                        self._first_ns = deadline
+                        self.first_ns = deadline
                         return min(deadline, end)
                     heapq.heappop(heap)
-                self._first_ns = NEVER
+                self.first_ns = NEVER
         return end if end != NEVER else None
 
     def run_expired(self, now_ns: int) -> int:
@@ -181,8 +182,8 @@ class TimerQueue:
             self.slice_end_ns = NEVER
             if self.on_slice is not None:
                 self.on_slice()
-        if now_ns < self._first_ns:
-            return 0  # one that another thread sets at this moment makes itself heard by on_earlier
+        if now_ns < self.first_ns:
+            return 0
         due: list[tuple[int, int, Timer]] = []
         with self._lock:
             heap = self._heap
@@ -190,7 +191,7 @@ class TimerQueue:
                 entry = heapq.heappop(heap)
                 if entry[2]._serial == entry[1] and entry[2]._queue is self:
                     due.append(entry)
-            self._first_ns = heap[0][0] if heap else NEVER
+            self.first_ns = heap[0][0] if heap else NEVER
             if not due:
                 return 0
             self._runner = threading.get_ident()

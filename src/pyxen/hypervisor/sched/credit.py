@@ -321,6 +321,32 @@ class CreditScheduler:
             chosen.start_ns = now_ns
         return Decision(chosen.vcpu, slice_ns, wanted)
 
+    def rotate(self, cpu: int, current: Vcpu, now_ns: int) -> tuple[Vcpu, int] | None:
+        """What :meth:`do_schedule` decides while only the domain whose turn it is has anybody waiting."""
+        runq = self._cpus[cpu]
+        svc = _vcpu_data(current)
+        turn = svc.domain
+        left = runq.turn_end_ns - now_ns
+        if runq.turn is not turn or left <= 0 or len(runq.siblings) != 1 or turn not in runq.siblings:
+            return None
+        runnable = current.runnable
+        if runnable and not svc.yielded:
+            ran = now_ns - current.runstate_since_ns
+            if ran < ROTATE_NS or self._host.executed_ns(cpu) < ROTATE_NS:
+                return None
+        self._burn(svc, now_ns)
+        svc.yielded = False
+        chosen = runq.sibling(turn)
+        assert chosen is not None
+        if runnable:
+            runq.insert(svc, now_ns)
+        runq.remove(chosen)
+        runq.directed = None
+        chosen.start_ns = now_ns
+        if turn in runq.siblings and left > ROTATE_NS:
+            return chosen.vcpu, ROTATE_NS
+        return chosen.vcpu, max(left, _LEAST_SLICE_NS)
+
     def _first_other(
         self, runq: CreditCpu, cpu: int, turn: CreditDomain | None
     ) -> tuple[CreditVcpu | None, list[Domain]]:

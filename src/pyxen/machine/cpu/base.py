@@ -382,7 +382,8 @@ class Cpu(Protocol):
         ...
 
     def set_pause_exits(self, on: bool) -> None:
-        """Call :meth:`HvmTraps.pause` at each PAUSE of the loaded context, PV ones too. Turned off by a load."""
+        """Call :meth:`HvmTraps.pause` at each PAUSE, of whatever context is loaded, PV ones too. Outside of
+        :meth:`run`, or in a trap handler."""
         ...
 
     def next_code(self, first: int, end: int) -> int:

@@ -219,7 +219,6 @@ class ScriptedCpu(ScriptedHvm):
         self.fs_base, self.gs_base = r.bases[4], r.bases[5]
         context.engine = self
         self.loaded = context
-        self._pause_exits = False
         self.journal.append(("load",))
 
     def unload(self) -> None:

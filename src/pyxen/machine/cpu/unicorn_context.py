@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-only
 """The saved state of a vCPU on the Unicorn x86-64 engine.
 
-It is a byte image of the guest's part of CPUX86State in *settled* form: RFLAGS complete in ``eflags`` and at the
-same time in
-``cc_src``/``cc_op``/``df``, so that the same image can be loaded outside of a run (where the engine reads
-``eflags``) and inside a hook (where it
-reads the others). An image taken without that loses CF and its friends.
+It is a byte image of the guest's part of CPUX86State with RFLAGS complete in ``eflags``, where the engine looks for
+them when a run begins. Inside a run some are in ``cc_src``, ``cc_op`` and ``df``: a context that is saved in a hook is
+put together, one that is loaded there is spread out. An image taken without that loses CF and its friends.
 """
 
 from __future__ import annotations

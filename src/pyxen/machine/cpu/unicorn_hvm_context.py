@@ -104,7 +104,8 @@ class UnicornHvmContext(UnicornContext):
 
     def paging(self) -> tuple[int, int, int, int]:
         """CR0, CR3, CR4 and EFER. Raises InternalError while an engine holds them."""
-        self._must_be_idle()
+        if self.engine is not None:
+            self._must_be_idle()
         v64 = self.view64
         return v64[_CR0], v64[_CR3], v64[_CR4], v64[_EFER]
 

@@ -285,19 +285,27 @@ class HvmPart:
         return UnicornHvmContext(self._blank[3], _BLOCK, nested_root, self._lib)
 
     def _load_events(self, context: UnicornHvmContext) -> None:
+        """What waits for delivery, or was asked for, is the engine's from now on."""
         block32 = self._block32
-        block32[hvm.EVENT >> 2], block32[hvm.EVENT_ERROR >> 2] = context.event, context.event_error
-        block32[hvm.NMI >> 2] = context.nmi
+        block32[_EVENT], block32[hvm.EVENT_ERROR >> 2] = context.event, context.event_error
+        block32[_NMI] = context.nmi
         self._interrupt[1] = ui.INTERRUPT_VIRQ >> 8 if context.window else 0
         self._interrupt[2] = ui.INTERRUPT_EVENT >> 16 if context.event & hvm.VALID or context.nmi else 0
+        context.event = 0
+        context.nmi = context.window = False
 
     def _save_events(self, context: UnicornHvmContext) -> None:
+        """What the engine still has of it goes back to the context."""
         block32 = self._block32
-        context.event, context.event_error = block32[hvm.EVENT >> 2], block32[hvm.EVENT_ERROR >> 2]
-        context.nmi = block32[hvm.NMI >> 2] != 0
+        context.event, context.event_error = block32[_EVENT], block32[hvm.EVENT_ERROR >> 2]
+        context.nmi = block32[_NMI] != 0
         context.window = self._interrupt[1] != 0
-        block32[hvm.EVENT >> 2] = block32[hvm.NMI >> 2] = 0
+        block32[_EVENT] = block32[_NMI] = 0
         self._interrupt[1] = self._interrupt[2] = 0
+
+    def _has_events(self) -> bool:
+        interrupt = self._interrupt
+        return bool(interrupt[1] or interrupt[2] or self._block32[_EVENT] or self._block32[_NMI])
 
     def set_nested_root(self, maddr: int) -> None:
         """Run the loaded context under another root, and flush the TLB."""
@@ -438,5 +446,5 @@ class HvmPart:
         self._request_event()
 
     def set_pause_exits(self, on: bool) -> None:
-        """Leave for :meth:`HvmTraps.pause` at each PAUSE; a load turns it off."""
+        """Leave for :meth:`HvmTraps.pause` at each PAUSE."""
         self._block32[hvm.PAUSE_EXITS >> 2] = on

@@ -313,11 +313,16 @@ class KickTimer:
         thread = _thread()
         if handle.owner is not thread:
             handle.change_thread(thread)
-        armed = self._armed
-        if deadline_ns is not None and armed[_Block.ARMED] < deadline_ns - _MUCH_NS:
-            # It would fire in the middle of this run, which costs ten times as much as to arm it anew.
-            armed[_Block.ARMED] = NEVER
-        return self.set(deadline_ns)
+        if deadline_ns is None or self._instead is not None:
+            return self.set(deadline_ns)
+        armed = self._armed[_Block.ARMED]
+        # A much earlier one would fire in the middle of this run, which costs ten times as much as to arm it anew.
+        if deadline_ns - _MUCH_NS <= armed <= deadline_ns:
+            return True
+        left = deadline_ns - self._now()
+        if left <= 0:
+            return False
+        return handle.arm(deadline_ns, left) or self.set(deadline_ns)
 
     def set(self, deadline_ns: int | None) -> bool:
         """Move the deadline. A later one costs nothing: the armed one then fires early."""

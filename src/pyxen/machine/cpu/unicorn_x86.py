@@ -29,7 +29,6 @@ from pyxen.machine.cpu import unicorn_internals as ui
 from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
 from pyxen.machine.cpu.deadline import AlarmClock, AlarmDeadline, Deadline
 from pyxen.machine.cpu.unicorn_context import LONG_MODE_FLAGS, UnicornContext, settle_flags
-from pyxen.machine.cpu.unicorn_hvm import PAUSE_EXITS
 from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
 from pyxen.machine.cpu.unicorn_hvm_cpu import MEMORY_LIMIT, HvmPart
 from pyxen.machine.cpu.unicorn_spaces import HF_SECOND_SPACE, KERNEL_PART, USER_PART
@@ -65,7 +64,7 @@ DIRECT_VECTORS = frozenset((3, 4, 0x80))
 # Where v64 and v32 have what hypercalls and context switches touch: a shift of another module's constant at each
 # access would cost more than the access.
 _EFLAGS, _CC_SRC, _CR2, _CR3, _DR7 = ui.EFLAGS >> 3, ui.CC_SRC >> 3, ui.CR2 >> 3, ui.CR3 >> 3, (ui.DR + 56) >> 3
-_CC_OP, _DF, _HFLAGS, _PAUSE_EXITS = ui.CC_OP >> 2, ui.DF >> 2, ui.HFLAGS >> 2, PAUSE_EXITS >> 2
+_CC_OP, _DF, _HFLAGS = ui.CC_OP >> 2, ui.DF >> 2, ui.HFLAGS >> 2
 _FS_BASE, _GS_BASE = (ui.SEGS + 4 * ui.SEG_SIZE + 8) >> 3, (ui.SEGS + 5 * ui.SEG_SIZE + 8) >> 3
 _SELECTORS = tuple((ui.SEGS + ui.SEG_SIZE * n) >> 2 for n in range(6))
 _HF_CPL, _NOT_CPL, _HF_SETTLED, _FLAGS_STRICT = ui.HF_CPL, ~ui.HF_CPL, ~ui.HF_FROM_EFLAGS, ~ui.FLAGS_LAZY
@@ -453,6 +452,7 @@ class UnicornX86(HvmPart):
         v64, v32 = self._v64, self._v32
         self._image[:] = context.view
         if self._running:
+            settle_flags(v64, v32, v64[_EFLAGS], context.flags)
             v64[_EFLAGS] &= _FLAGS_STRICT
         if context.fpu_changed:
             context.fpu_changed = False
@@ -465,8 +465,7 @@ class UnicornX86(HvmPart):
         else:
             v64[_DR7] = dr7
         self._load_tlb(context)
-        self._block32[_PAUSE_EXITS] = 0
-        if isinstance(context, UnicornHvmContext):
+        if isinstance(context, UnicornHvmContext) and (context.window or context.event or context.nmi):
             self._load_events(context)
         context.engine = self
         self.loaded = context
@@ -513,14 +512,14 @@ class UnicornX86(HvmPart):
         context = self.loaded
         if context is None:
             return
-        if isinstance(context, UnicornHvmContext):
+        if isinstance(context, UnicornHvmContext) and self._has_events():
             self._save_events(context)
-        flags = self.flags
         v64 = self._v64
+        # In a run RFLAGS is in several places; an image has all of it in one.
+        v64[_EFLAGS] = (self.flags if self._running else v64[_EFLAGS]) & context.flags | 2
         context.dr7 = dr7 = v64[_DR7]
         if dr7 & 0xff:
             self._lib.update_dr7(self._env, 0x400)
-        settle_flags(v64, self._v32, flags, context.flags)
         context.view[:] = self._image
         context.engine = None
         self.loaded = None

@@ -112,9 +112,13 @@ class HvmVcpu:
         if evtchn.posted:
             evtchn.apply_posted()
         self.vlapic.run_posted()
-        if self.vcpu.nmi_pending:
-            self.vcpu.nmi_pending = False
+        vcpu = self.vcpu
+        if vcpu.nmi_pending:
+            vcpu.nmi_pending = False
             hvm_cpu.inject_nmi()
+        at = vcpu.info_maddr
+        if not (self.window or self.vlapic.irr or (at and self.bytes[at + VI_UPCALL_PENDING])):
+            return  # most entries: nothing to deliver, and nothing asked for
         if hvm_cpu.interruptible():
             # What the window would lead to, without leaving the guest once more: a vCPU that wakes from HLT.
             self.deliver_interrupt(hvm_cpu)
@@ -281,7 +285,9 @@ class HvmVcpu:
     def _page(self, address: int, write: bool) -> tuple[int, int]:
         """(machine address of ``address``, its guest frame); machine address -1 where a write is to be dropped."""
         changes = self.p2m.changes
-        paging = self.paging()
+        cpu, context = self.cpu, self.vcpu.context
+        # paging(), without a call: each switch of vCPUs comes here, for the runstate areas.
+        paging = cpu.paging() if cpu is not None and cpu.loaded is context else self.context().paging()
         key = address >> 12 << 1 | write
         found = self._walks.get(key)
         if found is not None and self._walks_changes == changes and found.paging == paging:
