@@ -44,11 +44,15 @@ class TicketLock:
         ticket = threading.Lock()
         ticket.acquire()
         with self._gate:
-            # The owner may have gone between our try and here; nobody would wake us then.
-            if not self._waiters and self._inner.acquire(False):
-                return
             self._waiters.append(ticket)
+            # The owner may have gone before it could see the ticket; nobody would wake us then.
+            self._hand_over()
         ticket.acquire()
+
+    def _hand_over(self) -> None:
+        """Give the lock, if nobody has it, to whoever waits longest: ``_inner`` stays taken. With ``_gate``."""
+        if self._waiters and self._inner.acquire(False):
+            self._waiters.popleft().release()
 
     def release(self) -> None:
         if self._owner != _ident():
@@ -57,11 +61,11 @@ class TicketLock:
             self._depth -= 1
             return
         self._owner = 0
-        with self._gate:
-            if self._waiters:
-                self._waiters.popleft().release()  # hand over: _inner stays taken
-            else:
-                self._inner.release()
+        self._inner.release()
+        # First the release, then the look: who parks does it the other way round, so one of the two sees the other.
+        if self._waiters:
+            with self._gate:
+                self._hand_over()
 
     def held(self) -> bool:
         """Whether the calling thread holds the lock."""

@@ -44,6 +44,8 @@ _T = TypeVar("_T")
 _LONGEST_SLEEP_S: Final = 3600.0
 _LEAST_RUN_NS: Final = 50_000
 """How long a guest that is entered gets, however late its timers are."""
+_MOST_GRANTED_NS: Final = 200_000
+"""How much longer a slice may get for exits that fell into it."""
 _ident = threading.get_ident
 
 
@@ -90,6 +92,10 @@ class Pcpu:
         """Deadline of the run in progress."""
         self._resched = False
         self._executed_from = 0
+        self._exits_from = 0
+        """What cpu.exits_ns was when the vCPU it executes was switched to."""
+        self._granted_ns = 0
+        """By how much that one's slice was made longer for it."""
         self._pause_exits = False
         """Whether PAUSE leaves the guest."""
         self._current: Vcpu | None = None
@@ -104,9 +110,9 @@ class Pcpu:
         return self.ident
 
     def executed_ns(self) -> int:
-        """How much CPU time this thread has had since the vCPU it executes was switched to: less than what has passed
-        where the computer has other things to do. On the thread."""
-        return time.thread_time_ns() - self._executed_from
+        """How much CPU time this thread has had since the vCPU it executes was switched to, but for what that was given
+        for exits: less than what has passed where the computer has other things to do. On the thread."""
+        return time.thread_time_ns() - self._executed_from - self._granted_ns
 
     def leave_guest(self) -> None:
         """See :class:`~pyxen.hypervisor.rendezvous.Inside`."""
@@ -358,10 +364,43 @@ class Pcpu:
         if switched:
             self.scheduler.slice_begins(self.index, now)
             self._executed_from = time.thread_time_ns()
+            self._exits_from = cpu.exits_ns
+            self._granted_ns = 0
         if self._resched or self._poked:
             return None  # an event it just got woke somebody more important, or gave this thread work
+        if not self._execute(vcpu, now):
+            return None
         timers = self.timers
-        deadline = timers.next_deadline()
+        now = self._now()
+        resched = self._resched
+        if not resched and now >= timers.slice_end_ns and not self._granted_ns:
+            # What we did for it was none of its code: so much it may still have, once. Most work that a vCPU wakes up
+            # for is then done in one slice.
+            granted = min(cpu.exits_ns - self._exits_from, _MOST_GRANTED_NS)
+            if granted >= _LEAST_RUN_NS and not self._poked:
+                self._granted_ns = granted
+                timers.slice_end_ns = now + granted
+                if now >= timers.first_ns or not self._execute(vcpu, now):
+                    return None
+                now = self._now()
+                resched = self._resched
+        if not resched and now < timers.slice_end_ns:
+            return None
+        if self._poked or self._waiters or now >= timers.first_ns or vcpu.domain.held:
+            return None
+        self._resched = False  # before the decision: who asks for another one after it is not forgotten
+        following = self.scheduler.rotate(self.index, now)
+        if following is None:
+            if resched:
+                self._resched = True
+            return None
+        self._switch(vcpu, following)
+        return following
+
+    def _execute(self, vcpu: Vcpu, now: int) -> bool:
+        """Run the loaded context; False after an error."""
+        cpu = self.cpu
+        deadline = self.timers.next_deadline()
         if self.max_run_ns is not None:
             forced = now + self.max_run_ns
             deadline = forced if deadline is None else min(deadline, forced)
@@ -377,21 +416,8 @@ class Pcpu:
             self._running = False
         if reason is Exit.ERROR:
             self._crash(vcpu.domain, f"CPU engine failed: {cpu.error}")
-            return None
-        now = self._now()
-        resched = self._resched
-        if not resched and now < timers.slice_end_ns:
-            return None
-        if self._poked or self._waiters or now >= timers.first_ns or vcpu.domain.held:
-            return None
-        self._resched = False  # before the decision: who asks for another one after it is not forgotten
-        following = self.scheduler.rotate(self.index, now)
-        if following is None:
-            if resched:
-                self._resched = True
-            return None
-        self._switch(vcpu, following)
-        return following
+            return False
+        return True
 
     def _idle(self) -> None:
         begin = self.clock.now_ns()

@@ -86,18 +86,32 @@ def calibration_for(hz: int, tsc0: int) -> TscCalibration:
 
 
 class _HostTsc:
-    """RDTSC of this host: five instructions of machine code in a page of their own."""
+    """RDTSC of this host: a few instructions of machine code in a page of their own."""
 
-    # rdtsc; shl rdx,32; or rax,rdx; ret
-    _CODE = bytes.fromhex("0f31 48c1e220 4809d0 c3".replace(" ", ""))
+    _READ = bytes.fromhex("0f31 48c1e220 4809d0".replace(" ", ""))     # rdtsc; shl rdx, 32; or rax, rdx
+    _RET = b"\xc3"
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
                                mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._page.write(self._CODE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
-        # PYFUNCTYPE keeps the GIL: releasing it would cost more than the instruction.
-        self.read: Callable[[], int] = ctypes.PYFUNCTYPE(ctypes.c_uint64)(address)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        self.read = self._function(self._READ + self._RET)
+
+    def _function(self, code: bytes) -> Callable[[], int]:
+        address = self._address + self._page.tell()
+        self._page.write(code)
+        # PYFUNCTYPE keeps the GIL: releasing it would cost more than the instructions.
+        function: Callable[[], int] = ctypes.PYFUNCTYPE(ctypes.c_uint64)(address)
+        return function
+
+    def scaled(self, calibration: TscCalibration) -> Callable[[], int]:
+        """The time (ns) by ``calibration``: what guests compute, in the same order, with the same 64 bits."""
+        mul, shift, tsc0 = calibration
+        code = self._READ
+        code += b"\x48\xb9" + tsc0.to_bytes(8, "little") + b"\x48\x29\xc8"  # mov rcx, tsc0; sub rax, rcx
+        code += bytes((0x48, 0xC1, 0xE0, shift) if shift >= 0 else (0x48, 0xC1, 0xE8, -shift))  # shl/shr rax, shift
+        code += b"\xb9" + mul.to_bytes(4, "little") + b"\x48\xf7\xe1"  # mov ecx, mul; mul rcx
+        return self._function(code + b"\x48\x0f\xac\xd0\x20" + self._RET)  # shrd rax, rdx, 32
 
     def pair(self) -> tuple[int, int]:
         """(TSC, monotonic ns) of the same moment: the tightest of several tries."""
@@ -117,6 +131,9 @@ class _MonotonicTsc:
 
     read: Callable[[], int] = staticmethod(time.monotonic_ns)
 
+    def scaled(self, calibration: TscCalibration) -> Callable[[], int]:
+        return lambda: calibration.to_ns(time.monotonic_ns())
+
     def pair(self) -> tuple[int, int]:
         now = time.monotonic_ns()
         return now, now
@@ -132,18 +149,8 @@ class RealClock:
         tsc1, ns1 = self._tsc.pair()
         hz = (tsc1 - tsc0) * _NS // max(ns1 - ns0, 1)
         self._calibration = calibration_for(hz, tsc0)
-        # Bound once: now_ns() is called several times per hypercall.
-        self._read = self._tsc.read
-        self._tsc0 = tsc0
-        mul, shift, _ = self._calibration
-        # Guests shift first and round there; right shifts lose bits, so the order matters for exact agreement.
-        self._left = max(shift, 0)
-        self._right = max(-shift, 0)
-        self._mul = mul
-
-    def now_ns(self) -> int:
-        """Nanoseconds since construction."""
-        return (((self._read() - self._tsc0) << self._left >> self._right) * self._mul) >> 32
+        self.now_ns = self._tsc.scaled(self._calibration)
+        """Nanoseconds since construction. No method: it is called several times per hypercall."""
 
     def wallclock_ns(self) -> int:
         """The host's real-time clock."""
@@ -155,7 +162,7 @@ class RealClock:
 
     def read_tsc(self) -> int:
         """The host's TSC."""
-        return self._read()
+        return self._tsc.read()
 
     def sleep_ns(self, deadline_ns: int) -> int | None:
         """Time left."""

@@ -359,6 +359,10 @@ class Cpu(Protocol):
         """The context whose registers :attr:`gpr` shows."""
         ...
 
+    exits_ns: int
+    """How long exits of guests under nested paging took, in all (ns of the machine clock). The hooks of PV guests are
+    too many and too short to be timed."""
+
     def run(self, deadline_ns: int | None) -> Exit:
         """Execute the loaded context until kicked, stopped or ``deadline_ns`` (of the machine clock)."""
         ...

@@ -98,6 +98,7 @@ class ScriptedCpu(ScriptedHvm):
     def __init__(self, memory: Memory, clock: Clock, index: int = 0, alarms: AlarmClock | None = None) -> None:
         self.index = index
         self.error = ""
+        self.exits_ns = 0
         self.traps: Traps = NoTraps()
         self.loaded: ScriptedContext | None = None
         self.gpr = memoryview(bytearray(17 * 8)).cast("Q")

@@ -28,6 +28,7 @@ from pyxen.machine.cpu.unicorn_hvm_context import (
 )
 
 if TYPE_CHECKING:
+    from pyxen.machine.clock import Clock
     from pyxen.machine.cpu.unicorn_context import UnicornContext
     from pyxen.machine.memory import Memory
 
@@ -76,6 +77,8 @@ class HvmPart:
         _v64: memoryview
         _icount: memoryview
         _interrupt: memoryview
+        exits_ns: int
+        _clock: Clock
         _cpu: c_void_p
         _env: c_void_p
         _running: bool
@@ -192,8 +195,10 @@ class HvmPart:
             hvm.EXIT_WRITE_CR0 + 8: self._exit_write_cr8,
         }
         event_at, error_at = hvm.EVENT >> 2, ui.ERROR_CODE >> 2
+        now_ns = self._clock.now_ns
 
         def on_exit(_uc: int, vector: int, _data: int) -> None:
+            began = now_ns()
             old_exception[0] = -1
             try:
                 code, rip = vector - hvm.EXIT, gpr[RIP]
@@ -206,6 +211,7 @@ class HvmPart:
                     self._request_event()
             except BaseException as error:
                 self._fail(error)
+            self.exits_ns += now_ns() - began
 
         return on_exit
 

@@ -111,6 +111,7 @@ class UnicornX86(HvmPart):
         self.tlb = ContextTlb(self)  # the one that the engine was made with
         self.tlb.filled = True
         self._spare_tlbs.append(self.tlb)
+        self.exits_ns = 0
         self._stopping = False
         self._kicked = False
         self._failure: BaseException | None = None

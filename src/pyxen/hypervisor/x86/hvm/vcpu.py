@@ -246,13 +246,6 @@ class HvmVcpu:
 
     # --- guest memory --------------------------------------------------------------------------------
 
-    def paging(self) -> tuple[int, int, int, int]:
-        """CR0, CR3, CR4 and EFER now."""
-        cpu, context = self.cpu, self.vcpu.context
-        if cpu is not None and cpu.loaded is context:
-            return cpu.paging()
-        return self.context().paging()
-
     def guest_bytes(self) -> int:
         """hvm_guest_x86_mode(): 8, 4 or 2 by the code segment; 1 for virtual-8086 mode, 0 for real mode."""
         cpu = self.live_cpu
@@ -286,8 +279,13 @@ class HvmVcpu:
         """(machine address of ``address``, its guest frame); machine address -1 where a write is to be dropped."""
         changes = self.p2m.changes
         cpu, context = self.cpu, self.vcpu.context
-        # paging(), without a call: each switch of vCPUs comes here, for the runstate areas.
-        paging = cpu.paging() if cpu is not None and cpu.loaded is context else self.context().paging()
+        # Each switch of vCPUs comes here twice, for the runstate areas.
+        if cpu is not None and cpu.loaded is context:
+            paging = cpu.paging()
+        elif context is not None:
+            paging = self.context().paging()
+        else:
+            raise GuestAccessError(address)
         key = address >> 12 << 1 | write
         found = self._walks.get(key)
         if found is not None and self._walks_changes == changes and found.paging == paging:
@@ -349,23 +347,18 @@ class HvmVcpu:
     def write(self, address: int, data: bytes) -> None:
         """hvm_copy_to_guest_linear(). Raises GuestAccessError; bytes before the bad page are then written. A page that
         is read-only in the p2m swallows them."""
-        size, done = len(data), 0
         log = self.domain.log_dirty
-        while done < size:
-            count = min(size - done, 4096 - (address & 0xFFF))
+        while data:
+            count = 4096 - (address & 0xFFF)
+            part, data = (data, b"") if len(data) <= count else (data[:count], data[count:])
             maddr, gfn = self._page(address, True)
             if maddr >= 0:
-                self.bytes[maddr : maddr + count] = data[done : done + count] if count != size else data
+                self.bytes[maddr : maddr + len(part)] = part
                 if log is not None:
                     log.mark(gfn)
             address += count
-            done += count
 
-    def copy_to_kernel(self, address: int, data: bytes) -> None:
-        """Like :meth:`write`, at any time between two runs. Raises GuestAccessError."""
-        if self.vcpu.context is None:
-            raise GuestAccessError(address)
-        self.write(address, data)
+    copy_to_kernel = write
 
     def read_u32(self, address: int) -> int:
         """A 32-bit word of guest memory."""
