@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pyxen.hypervisor.vcpu import Vcpu
 
 
+_TO_MASK = SHARED_EVTCHN_MASK - SHARED_EVTCHN_PENDING >> 3
+"""From a word of pending bits to that of their masks."""
+
+
 class EventAbi(Protocol):
     """``struct evtchn_port_ops``: how ports of one domain become visible to its guest.
 
@@ -87,12 +91,13 @@ class TwoLevel:
         index = self._word(SHARED_EVTCHN_PENDING, port)
         if index < 0:
             return False
-        old = self._q[index]
+        q = self._q
+        old = q[index]
         bit = 1 << (port & 63)
         if old & bit:
             return False
-        self._q[index] = old | bit
-        return not self.is_masked(port) and self._select(vcpu, port)
+        q[index] = old | bit
+        return not q[index + _TO_MASK] & bit and self._select(vcpu, port)
 
     def clear_pending(self, port: int) -> None:
         """evtchn_2l_clear_pending()."""

@@ -147,8 +147,10 @@ class Pcpu:
     def request_resched(self) -> None:
         """Call the scheduler before the guest goes on (SCHEDULE_SOFTIRQ)."""
         self._resched = True
-        if self._running or self.ident != _ident():  # else the loop looks at the flag on its way
+        if self.ident != _ident():
             self.kick()
+        elif self._running:  # else the loop looks at the flag on its way
+            self.cpu.stop()
 
     def post(self, function: Callable[[], None]) -> None:
         """Run ``function`` on this pCPU's thread, outside of guest and trap handlers."""

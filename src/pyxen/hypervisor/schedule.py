@@ -238,7 +238,8 @@ class Schedule(Homes):
                 runstate_change(vcpu, _OFFLINE, self.now_ns())
         finally:
             data.lock.release()
-        self._trace(TRC_SCHED_WAKE, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
+        if self.hypervisor.trace.enabled:
+            self._trace(TRC_SCHED_WAKE, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         if tickled:
             self.tickle(tickled)
         if contended and len(self._queues) > 1:
@@ -316,7 +317,8 @@ class Schedule(Homes):
 
     def wait_begun(self, vcpu: Vcpu) -> None:
         """Nothing was pending: give the pCPU to others when the trap handler returns."""
-        self._trace(TRC_SCHED_BLOCK, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
+        if self.hypervisor.trace.enabled:
+            self._trace(TRC_SCHED_BLOCK, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         self._home(vcpu).request_resched()
 
     def vcpu_block(self, vcpu: Vcpu) -> None:

@@ -11,12 +11,12 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from ctypes import c_uint64, c_void_p
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_hvm as hvm
 from pyxen.machine.cpu import unicorn_internals as ui
-from pyxen.machine.cpu.base import RAX, RCX, RDX, RIP, HvmTraps, Segment, Traps
+from pyxen.machine.cpu.base import RAX, RCX, RDX, RIP, HvmTraps, Segment
 from pyxen.machine.cpu.unicorn_hvm_context import (
     EFER_LMA,
     EFER_SVME,
@@ -46,6 +46,7 @@ MEMORY_LIMIT = _BLOCK
 _GP, _DF, _DB = 13, 8, 1
 _CR0, _CR3, _CR4, _EFER = ui.CR0 >> 3, ui.CR3 >> 3, ui.CR4 >> 3, ui.EFER >> 3
 _EFLAGS, _HFLAGS, _EVENT, _NMI = ui.EFLAGS >> 3, ui.HFLAGS >> 2, hvm.EVENT >> 2, hvm.NMI >> 2
+_NEXT_RIP, _NO_SHADOW = hvm.NEXT_RIP >> 3, ~ui.HF_INHIBIT_IRQ
 _IF, _VM = 0x200, 0x20000
 _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 _TF, _RF = 1 << 8, 1 << 16
@@ -66,7 +67,7 @@ class HvmPart:
 
     if TYPE_CHECKING:
         gpr: memoryview
-        traps: Traps
+        traps: HvmTraps  # while a context under nested paging is loaded
         loaded: UnicornContext | None
         _lib: ui.Library
         _handle: Any
@@ -150,7 +151,7 @@ class HvmPart:
     def _make_in_hook(self) -> Any:
         def on_in(_uc: int, port: int, size: int, _data: int) -> int:
             try:
-                return cast(HvmTraps, self.traps).io_read(port & 0xffff, size) & _U32
+                return self.traps.io_read(port & 0xffff, size) & _U32
             except BaseException as error:
                 self._fail(error)
                 return _U32
@@ -160,7 +161,7 @@ class HvmPart:
     def _make_out_hook(self) -> Any:
         def on_out(_uc: int, port: int, size: int, value: int, _data: int) -> None:
             try:
-                cast(HvmTraps, self.traps).io_write(port & 0xffff, size, value & (1 << 8 * size) - 1)
+                self.traps.io_write(port & 0xffff, size, value & (1 << 8 * size) - 1)
             except BaseException as error:
                 self._fail(error)
 
@@ -169,7 +170,7 @@ class HvmPart:
     def _make_mmio_read(self) -> Any:
         def on_read(_uc: int, offset: int, size: int, _data: int) -> int:
             try:
-                return cast(HvmTraps, self.traps).mmio_read(offset, size) & _U64
+                return self.traps.mmio_read(offset, size) & _U64
             except BaseException as error:
                 self._fail(error)
                 return _U64
@@ -179,7 +180,7 @@ class HvmPart:
     def _make_mmio_write(self) -> Any:
         def on_write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
             try:
-                cast(HvmTraps, self.traps).mmio_write(offset, size, value & (1 << 8 * size) - 1)
+                self.traps.mmio_write(offset, size, value & (1 << 8 * size) - 1)
             except BaseException as error:
                 self._fail(error)
 
@@ -204,7 +205,7 @@ class HvmPart:
                 code, rip = vector - hvm.EXIT, gpr[RIP]
                 handler = exits.get(code)
                 if handler is None:
-                    gpr[RIP] = cast(HvmTraps, self.traps).intercept(code, v32[error_at], rip) & _U64
+                    gpr[RIP] = self.traps.intercept(code, v32[error_at], rip) & _U64
                 else:
                     gpr[RIP] = handler(rip) & _U64
                 if block32[event_at] & hvm.VALID:
@@ -218,17 +219,13 @@ class HvmPart:
     def _exit_nested_fault(self, rip: int) -> int:
         block = self._block
         bit = 1 << 33 if block[hvm.WALKING] else 1 << 32
-        return cast(HvmTraps, self.traps).nested_fault(
+        return self.traps.nested_fault(
             self._block64[hvm.EXIT_INFO_2 >> 3], self._v32[ui.ERROR_CODE >> 2] | bit, rip)
-
-    def _next(self) -> int:
-        self._executed()
-        return self._block64[hvm.NEXT_RIP >> 3]
 
     def _executed(self) -> None:
         """The instruction counts as executed: its interrupt shadow and RF are over, and TF makes a trap."""
-        self._v32[ui.HFLAGS >> 2] &= ~ui.HF_INHIBIT_IRQ
-        eflags = self._v64[ui.EFLAGS >> 3]
+        self._v32[_HFLAGS] &= _NO_SHADOW
+        eflags = self._v64[_EFLAGS]
         if eflags & (_TF | _RF):
             self._v64[ui.EFLAGS >> 3] = eflags & ~_RF
             if eflags & _TF and isinstance(self.loaded, UnicornHvmContext):
@@ -236,20 +233,23 @@ class HvmPart:
                 self.inject_exception(_DB, None)
 
     def _exit_hypercall(self, _rip: int) -> int:
-        return cast(HvmTraps, self.traps).hypercall(self._next())
+        self._executed()
+        return self.traps.hypercall(self._block64[_NEXT_RIP])
 
     def _exit_hlt(self, _rip: int) -> int:
-        return cast(HvmTraps, self.traps).halt(self._next())
+        self._executed()
+        return self.traps.halt(self._block64[_NEXT_RIP])
 
     def _exit_pause(self, _rip: int) -> int:
-        return cast(HvmTraps, self.traps).pause(self._next())
+        self._executed()
+        return self.traps.pause(self._block64[_NEXT_RIP])
 
     def _exit_window(self, rip: int) -> int:
-        return cast(HvmTraps, self.traps).interrupt_window(rip)
+        return self.traps.interrupt_window(rip)
 
     def _exit_shutdown(self, rip: int) -> int:
         self._block32[hvm.EVENT >> 2] = 0
-        return cast(HvmTraps, self.traps).triple_fault(rip)
+        return self.traps.triple_fault(rip)
 
     def _exit_write_cr0(self, rip: int) -> int:
         return self._write_cr(0, rip)
@@ -261,14 +261,15 @@ class HvmPart:
         return self._write_cr(8, rip)
 
     def _write_cr(self, number: int, rip: int) -> int:
-        next_rip = self._next()
-        if cast(HvmTraps, self.traps).write_cr(number, self._block64[hvm.CR_VALUE >> 3]):
+        self._executed()
+        next_rip = self._block64[_NEXT_RIP]
+        if self.traps.write_cr(number, self._block64[hvm.CR_VALUE >> 3]):
             return next_rip
         self.inject_exception(_GP, 0)
         return rip
 
     def _exit_msr(self, rip: int) -> int:
-        gpr, traps = self.gpr, cast(HvmTraps, self.traps)
+        gpr, traps = self.gpr, self.traps
         number = gpr[RCX] & _U32
         write = self._v32[ui.ERROR_CODE >> 2]
         self._executed()
@@ -417,7 +418,7 @@ class HvmPart:
             first = event & 0xff
             if first == _DF:
                 block32[hvm.EVENT >> 2] = 0
-                self.gpr[RIP] = cast(HvmTraps, self.traps).triple_fault(self.gpr[RIP])
+                self.gpr[RIP] = self.traps.triple_fault(self.gpr[RIP])
                 return
             if (first in _CONTRIBUTORY and vector in _CONTRIBUTORY) or (
                     first == 14 and (vector in _CONTRIBUTORY or vector == 14)):

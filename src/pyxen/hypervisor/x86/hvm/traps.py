@@ -54,7 +54,8 @@ class HvmTraps:
             hvm.flush_engine(self._cpu())
         if hvm.domain.evtchn.posted:
             hvm.domain.evtchn.apply_posted()
-        hvm.update_window()
+        if hvm.window or hvm.something_pending():
+            hvm.update_window()
 
     def _crash(self, what: str, error: BaseException, rip: int | None) -> None:
         crash_on_bug(self.hvm.domain, f"{what} of {self.hvm.vcpu}", error, rip)
@@ -69,7 +70,7 @@ class HvmTraps:
         cpu = self._cpu()
         gpr = cpu.gpr
         try:
-            mode = hvm.guest_bytes()
+            mode = cpu.code_bytes()
             if mode != 0 and cpu.cpl():
                 gpr[RAX] = -errno.EPERM & MASK64
                 return next_rip

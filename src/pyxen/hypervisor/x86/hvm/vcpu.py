@@ -112,17 +112,14 @@ class HvmVcpu:
         if evtchn.posted:
             evtchn.apply_posted()
         self.vlapic.run_posted()
-        vcpu = self.vcpu
-        if vcpu.nmi_pending:
-            vcpu.nmi_pending = False
+        if self.vcpu.nmi_pending:
+            self.vcpu.nmi_pending = False
             hvm_cpu.inject_nmi()
-        at = vcpu.info_maddr
-        if not (self.window or self.vlapic.irr or (at and self.bytes[at + VI_UPCALL_PENDING])):
-            return  # most entries: nothing to deliver, and nothing asked for
-        if hvm_cpu.interruptible():
-            # What the window would lead to, without leaving the guest once more: a vCPU that wakes from HLT.
-            self.deliver_interrupt(hvm_cpu)
-        self.update_window()
+        if self.window or self.something_pending():
+            if hvm_cpu.interruptible():
+                # What the window would lead to, without leaving the guest once more: a vCPU that wakes from HLT.
+                self.deliver_interrupt(hvm_cpu)
+            self.update_window()
 
     def flush_tlb(self) -> None:
         """Forget every translation, here now and in the engine before the next guest instruction."""
@@ -139,6 +136,11 @@ class HvmVcpu:
         cpu.flush_tlb()
 
     # --- interrupts ----------------------------------------------------------------------------------
+
+    def something_pending(self) -> bool:
+        """False: there is no interrupt to deliver, whatever the guest's state. At most exits and entries it is so."""
+        at = self.vcpu.info_maddr
+        return bool(self.vlapic.irr or (at and self.bytes[at + VI_UPCALL_PENDING]))
 
     def upcall_pending(self) -> bool:
         """Whether the domain's callback vector is to be delivered: its vcpu_info says so (the mask byte does not
@@ -212,7 +214,7 @@ class HvmVcpu:
             return True
         if self.domain.evtchn.home_thread == _ident():
             self.vlapic.run_posted()
-        return self.pending_vector() >= 0 and bool(self._flags() & EFLAGS_IF)
+        return self.something_pending() and self.pending_vector() >= 0 and bool(self._flags() & EFLAGS_IF)
 
     def _flags(self) -> int:
         cpu = self.live_cpu
