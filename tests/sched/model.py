@@ -258,7 +258,8 @@ class ModelPcpu:
     def reschedule(self) -> None:
         self.resched = False
         scheduler = self.hypervisor.scheduler
-        chosen = scheduler.rotate(self.index, self.hypervisor.clock.now_ns())
+        now = self.hypervisor.clock.now_ns()
+        chosen = scheduler.rotate(self.index, now, now)
         if chosen is None:
             chosen = scheduler.schedule(self.index)
         if chosen is not self.current:

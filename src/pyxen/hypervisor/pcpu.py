@@ -91,6 +91,8 @@ class Pcpu:
         self._run_until_ns = NEVER
         """Deadline of the run in progress."""
         self._resched = False
+        self._slice_begins = False
+        """A context was loaded that has not run since."""
         self._executed_from = 0
         self._exits_from = 0
         """What cpu.exits_ns was when the vCPU it executes was switched to."""
@@ -353,24 +355,18 @@ class Pcpu:
         if context is None:
             self._crash(vcpu.domain, f"{vcpu} was started without a context")
             return None
-        switched = cpu.loaded is not context
-        if switched:
+        if cpu.loaded is not context:
             cpu.load(context)
+            self._slice_begins = True
         siblings = self.scheduler.ops.has_siblings(vcpu)
         if siblings is not self._pause_exits:
             # A vCPU that spins may wait for another one, which waits for this engine.
             self._pause_exits = siblings
             cpu.set_pause_exits(siblings)
         vcpu.arch.before_entry(cpu)
-        now = self._now()
-        if switched:
-            self.scheduler.slice_begins(self.index, now)
-            self._executed_from = time.thread_time_ns()
-            self._exits_from = cpu.exits_ns
-            self._granted_ns = 0
         if self._resched or self._poked:
             return None  # an event it just got woke somebody more important, or gave this thread work
-        if not self._execute(vcpu, now):
+        if not self._execute(vcpu):
             return None
         timers = self.timers
         now = self._now()
@@ -382,7 +378,7 @@ class Pcpu:
             if granted >= _LEAST_RUN_NS and not self._poked:
                 self._granted_ns = granted
                 timers.slice_end_ns = now + granted
-                if now >= timers.first_ns or not self._execute(vcpu, now):
+                if now >= timers.first_ns or not self._execute(vcpu):
                     return None
                 now = self._now()
                 resched = self._resched
@@ -391,7 +387,7 @@ class Pcpu:
         if self._poked or self._waiters or now >= timers.first_ns or vcpu.domain.held:
             return None
         self._resched = False  # before the decision: who asks for another one after it is not forgotten
-        following = self.scheduler.rotate(self.index, now)
+        following = self.scheduler.rotate(self.index, now, self.executed_ns())
         if following is None:
             if resched:
                 self._resched = True
@@ -399,9 +395,16 @@ class Pcpu:
         self._switch(vcpu, following)
         return following
 
-    def _execute(self, vcpu: Vcpu, now: int) -> bool:
+    def _execute(self, vcpu: Vcpu) -> bool:
         """Run the loaded context; False after an error."""
         cpu = self.cpu
+        now = self._now()
+        if self._slice_begins:
+            self._slice_begins = False
+            self.scheduler.slice_begins(self.index, now)
+            self._executed_from = time.thread_time_ns()
+            self._exits_from = cpu.exits_ns
+            self._granted_ns = 0
         deadline = self.timers.next_deadline()
         if self.max_run_ns is not None:
             forced = now + self.max_run_ns

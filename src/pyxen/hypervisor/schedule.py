@@ -499,9 +499,10 @@ class Schedule(Homes):
             self._balance(data, now)
         return vcpu
 
-    def rotate(self, cpu: int, now: int) -> Vcpu | None:
+    def rotate(self, cpu: int, now: int, executed_ns: int) -> Vcpu | None:
         """:meth:`schedule` for the frequent case that the current vCPU makes room for another of its domain: that one.
-        None, and nothing happened, if it is not the case. On the pCPU's thread, no locks; ``now`` is the time.
+        None, and nothing happened, if it is not the case. On the pCPU's thread, no locks; ``now`` is the time, and
+        ``executed_ns`` how long the current one has really been executed.
 
         Most switches are of this kind, thousands a second in a guest with several busy vCPUs: mind the calls.
         """
@@ -512,7 +513,7 @@ class Schedule(Homes):
         lock = data.lock
         lock.acquire()
         try:
-            rotation = self.ops.rotate(cpu, previous, now)
+            rotation = self.ops.rotate(cpu, previous, now, executed_ns)
             if rotation is None:
                 return None
             vcpu, slice_ns = rotation

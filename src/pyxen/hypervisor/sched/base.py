@@ -153,7 +153,7 @@ class Scheduler(Protocol):
         """Choose who runs on ``cpu``, where ``current`` ran until now. Locked."""
         ...
 
-    def rotate(self, cpu: int, current: Vcpu, now_ns: int) -> tuple[Vcpu, int] | None:
+    def rotate(self, cpu: int, current: Vcpu, now_ns: int, executed_ns: int) -> tuple[Vcpu, int] | None:
         """:meth:`do_schedule` for the frequent case that one vCPU makes room for another of its domain, and nobody
         else is concerned: who is next, and for how long (ns). None: nothing happened, ask :meth:`do_schedule`. Locked.
         """

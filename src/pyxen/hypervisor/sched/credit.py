@@ -321,7 +321,7 @@ class CreditScheduler:
             chosen.start_ns = now_ns
         return Decision(chosen.vcpu, slice_ns, wanted)
 
-    def rotate(self, cpu: int, current: Vcpu, now_ns: int) -> tuple[Vcpu, int] | None:
+    def rotate(self, cpu: int, current: Vcpu, now_ns: int, executed_ns: int) -> tuple[Vcpu, int] | None:
         """What :meth:`do_schedule` decides while only the domain whose turn it is has anybody waiting."""
         runq = self._cpus[cpu]
         svc = _vcpu_data(current)
@@ -331,17 +331,11 @@ class CreditScheduler:
             return None
         runnable = current.runnable
         if runnable and not svc.yielded:
-            ran = now_ns - current.runstate_since_ns
-            if ran < ROTATE_NS or self._host.executed_ns(cpu) < ROTATE_NS:
+            if executed_ns < ROTATE_NS or now_ns - current.runstate_since_ns < ROTATE_NS:
                 return None
         self._burn(svc, now_ns)
         svc.yielded = False
-        chosen = runq.sibling(turn)
-        assert chosen is not None
-        if runnable:
-            runq.insert(svc, now_ns)
-        runq.remove(chosen)
-        runq.directed = None
+        chosen = runq.exchange(svc if runnable else None, turn, now_ns)
         chosen.start_ns = now_ns
         if turn in runq.siblings and left > ROTATE_NS:
             return chosen.vcpu, ROTATE_NS

@@ -97,6 +97,24 @@ class CreditCpu:
             if self.directed is svc:
                 self.directed = None
 
+    def exchange(self, svc: CreditVcpu | None, sdom: CreditDomain, now_ns: int) -> CreditVcpu:
+        """:meth:`sibling` of ``sdom``, which there is, leaves the queue; ``svc``, of the same domain, comes in at the
+        end."""
+        waiting = self.siblings[sdom]
+        chosen = self.directed
+        self.directed = None
+        if chosen is None or chosen.domain is not sdom:
+            chosen = next(iter(waiting))
+        chosen.queued = False
+        del self.queues[-chosen.priority][chosen], waiting[chosen]
+        if svc is not None:
+            svc.queued = True
+            svc.queued_ns = now_ns
+            self.queues[-svc.priority][svc] = waiting[svc] = None
+        elif not waiting:
+            del self.siblings[sdom]
+        return chosen
+
     def sibling(self, sdom: CreditDomain) -> CreditVcpu | None:
         """The queued vCPU of ``sdom`` that runs next: the one an IPI went to, else the one that waits longest.
 
