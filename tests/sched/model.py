@@ -226,6 +226,7 @@ class ModelPcpu:
         self.switches = 0
         self.idle_ns = 0
         self.kicks = 0
+        self.switch_ns = 0
         hypervisor.scheduler.add_cpu(self)
 
     def request_resched(self) -> None:

@@ -56,6 +56,10 @@ TICKS_PER_TSLICE: Final = 3
 WEIGHT_MAX: Final = 65535
 ROTATE_NS: Final = 200_000
 """How long one vCPU runs while others of its domain wait for the same pCPU: they may be waiting for each other."""
+ROTATE_MOST_NS: Final = 1_000_000
+SWITCHES_PER_ROTATION: Final = 4
+"""Where a switch takes long (a computer whose caches others use), a slice is this many times as long, up to a
+millisecond: else the guest would hardly get anywhere."""
 MIGRATION_DELAY_NS: Final = 1_000_000
 """How long a domain must have waited before another pCPU takes it: a move costs about as much (Xen:
 vcpu_migration_delay)."""
@@ -247,6 +251,7 @@ class CreditScheduler:
         """
         runq = self._cpus[cpu]
         host = self._host
+        rotate_ns = self._rotation(cpu)
         scurr: CreditVcpu | None = None
         yielded = False
         ran = 0
@@ -297,11 +302,11 @@ class CreditScheduler:
         elif yielded or sibling is directed:
             chosen = sibling
         else:
-            if ran >= ROTATE_NS:
+            if ran >= rotate_ns:
                 # A slice of which the computer took most away is not over: on a busy one a guest would only rotate.
                 ran = min(ran, host.executed_ns(cpu))
             # One that just woke waits for the rotation: two more switches would cost more than that.
-            chosen = sibling if ran >= ROTATE_NS else scurr
+            chosen = sibling if ran >= rotate_ns else scurr
         if chosen is not scurr and scurr is not None:
             runq.insert(scurr, now_ns)
         if chosen is None:
@@ -314,7 +319,7 @@ class CreditScheduler:
             held_ns = self.ratelimit_ns
         slice_ns = max(runq.turn_end_ns - now_ns, _LEAST_SLICE_NS)
         if chosen.domain in runq.siblings:
-            slice_ns = min(slice_ns, ROTATE_NS - ran if chosen is scurr and ran < ROTATE_NS else ROTATE_NS)
+            slice_ns = min(slice_ns, rotate_ns - ran if chosen is scurr and ran < rotate_ns else rotate_ns)
         if other is not None and other.queued and other.priority > chosen.priority and held_ns > 0:
             slice_ns = min(slice_ns, max(held_ns, _LEAST_SLICE_NS))
         if chosen is not scurr:
@@ -330,16 +335,24 @@ class CreditScheduler:
         if runq.turn is not turn or left <= 0 or len(runq.siblings) != 1 or turn not in runq.siblings:
             return None
         runnable = current.runnable
+        rotate_ns = self._rotation(cpu)
         if runnable and not svc.yielded:
-            if executed_ns < ROTATE_NS or now_ns - current.runstate_since_ns < ROTATE_NS:
+            if executed_ns < rotate_ns or now_ns - current.runstate_since_ns < rotate_ns:
                 return None
         self._burn(svc, now_ns)
         svc.yielded = False
         chosen = runq.exchange(svc if runnable else None, turn, now_ns)
         chosen.start_ns = now_ns
-        if turn in runq.siblings and left > ROTATE_NS:
-            return chosen.vcpu, ROTATE_NS
+        if turn in runq.siblings and left > rotate_ns:
+            return chosen.vcpu, rotate_ns
         return chosen.vcpu, max(left, _LEAST_SLICE_NS)
+
+    def _rotation(self, cpu: int) -> int:
+        """How long a vCPU runs on ``cpu`` while others of its domain wait (ns)."""
+        rotation = SWITCHES_PER_ROTATION * self._host.switch_ns(cpu)
+        if rotation <= ROTATE_NS:
+            return ROTATE_NS
+        return rotation if rotation < ROTATE_MOST_NS else ROTATE_MOST_NS
 
     def _first_other(
         self, runq: CreditCpu, cpu: int, turn: CreditDomain | None
