@@ -353,8 +353,8 @@ class Pcpu:
             self._in_guest = False
 
     def _run(self, vcpu: Vcpu) -> Vcpu | None:
-        """Execute ``vcpu`` until it has to make room, and switch to the one of its domain that is next; None if that is
-        not all there is to do."""
+        """Execute ``vcpu`` until something happens, and do what timers want; which of its domain's vCPUs is next, None
+        if that is not all there is to do."""
         cpu = self.cpu
         context = vcpu.context
         if context is None:
@@ -375,30 +375,26 @@ class Pcpu:
             return None
         timers = self.timers
         now = self._now()
-        resched = self._resched
-        if not resched and now >= timers.slice_end_ns and not self._granted_ns:
+        if now >= timers.slice_end_ns and not (self._resched or self._granted_ns):
             # What we did for it was none of its code: so much it may still have, once. Most work that a vCPU wakes up
             # for is then done in one slice.
             granted = min(cpu.exits_ns - self._exits_from, _MOST_GRANTED_NS)
-            if granted >= _LEAST_RUN_NS and not self._poked:
+            if granted >= _LEAST_RUN_NS:
                 self._granted_ns = granted
                 timers.slice_end_ns = now + granted
-                if now >= timers.first_ns or not self._execute(vcpu):
-                    return None
-                now = self._now()
-                resched = self._resched
-        if not resched and now < timers.slice_end_ns:
+        if self._poked or self._waiters or vcpu.domain.held:
             return None
-        if self._poked or self._waiters or now >= timers.first_ns or vcpu.domain.held:
-            return None
+        if now >= timers.first_ns or now >= timers.slice_end_ns:
+            timers.run_expired(now)
+        if not self._resched:
+            return vcpu
         self._resched = False  # before the decision: who asks for another one after it is not forgotten
         following = self.scheduler.rotate(self.index, now, self.executed_ns())
         if following is None:
-            if resched:
-                self._resched = True
-            return None
-        self._switch(vcpu, following)
-        self._rotated_ns = now
+            self._resched = True
+        elif following is not vcpu:
+            self._switch(vcpu, following)
+            self._rotated_ns = now
         return following
 
     def _execute(self, vcpu: Vcpu) -> bool:

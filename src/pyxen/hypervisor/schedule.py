@@ -500,9 +500,9 @@ class Schedule(Homes):
         return vcpu
 
     def rotate(self, cpu: int, now: int, executed_ns: int) -> Vcpu | None:
-        """:meth:`schedule` for the frequent case that the current vCPU makes room for another of its domain: that one.
-        None, and nothing happened, if it is not the case. On the pCPU's thread, no locks; ``now`` is the time, and
-        ``executed_ns`` how long the current one has really been executed.
+        """:meth:`schedule` for the frequent case that vCPUs of one domain take turns: who is next, perhaps the same as
+        before. None, and nothing happened, if it is not the case. On the pCPU's thread, no locks; ``now`` is the time,
+        and ``executed_ns`` how long the current one has really been executed.
 
         Most switches are of this kind, thousands a second in a guest with several busy vCPUs: mind the calls.
         """
@@ -517,12 +517,15 @@ class Schedule(Homes):
             if rotation is None:
                 return None
             vcpu, slice_ns = rotation
-            _change(data, vcpu, now)
+            if vcpu is not previous:
+                _change(data, vcpu, now)
         finally:
             lock.release()
         data.slice_ns = slice_ns
         timers = data.pcpu.timers
         timers.slice_end_ns = now + slice_ns
+        if vcpu is previous:
+            return vcpu
         if previous.periodic_timer.deadline_ns is not None:
             timers.stop(previous.periodic_timer)
         if self.hypervisor.trace.enabled:

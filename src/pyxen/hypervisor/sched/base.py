@@ -158,9 +158,9 @@ class Scheduler(Protocol):
         ...
 
     def rotate(self, cpu: int, current: Vcpu, now_ns: int, executed_ns: int) -> tuple[Vcpu, int] | None:
-        """:meth:`do_schedule` for the frequent case that one vCPU makes room for another of its domain, and nobody
-        else is concerned: who is next, and for how long (ns). None: nothing happened, ask :meth:`do_schedule`. Locked.
-        """
+        """:meth:`do_schedule` for the frequent case that vCPUs of one domain take turns, and nobody else is concerned:
+        who is next (perhaps the same), and for how long (ns). None: nothing happened, ask :meth:`do_schedule`.
+        Locked."""
         ...
 
     def busy(self, cpu: int) -> None:

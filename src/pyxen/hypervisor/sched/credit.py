@@ -337,8 +337,10 @@ class CreditScheduler:
         runnable = current.runnable
         rotate_ns = self._rotation(cpu)
         if runnable and not svc.yielded:
-            if executed_ns < rotate_ns or now_ns - current.runstate_since_ns < rotate_ns:
-                return None
+            ran = min(now_ns - current.runstate_since_ns, executed_ns)
+            if ran < rotate_ns:
+                # One that just woke waits for the rotation: two more switches would cost more than that.
+                return current, max(min(rotate_ns - ran, left), _LEAST_SLICE_NS)
         self._burn(svc, now_ns)
         svc.yielded = False
         chosen = runq.exchange(svc if runnable else None, turn, now_ns)
