@@ -230,7 +230,7 @@ def test_copies_cross_pages_and_stop_where_nothing_is(guest: Guest) -> None:
 def test_read_only_memory_swallows_writes(guest: Guest) -> None:
     from pyxen.hypervisor.x86.hvm.p2m_types import P2mType
 
-    guest.put(AT, b"rom!")
+    guest.hvm.write(AT, b"rom!")  # from now on the way there is remembered
     guest.p2m.set_entry(AT >> 12, guest.mfn(AT >> 12), 0, P2mType.RAM_RO)
     guest.hvm.write(AT, b"mine")
     assert guest.get(AT, 4) == b"rom!"

@@ -49,7 +49,8 @@ def do_vcpu_op(caller: Caller, cmd: int, vcpu_id: int, arg: int) -> int:
     if cmd == VcpuOp.SET_SINGLESHOT_TIMER:
         _set_singleshot_timer(caller, vcpu, arg)
     elif cmd == VcpuOp.STOP_SINGLESHOT_TIMER:
-        _own(caller, vcpu)
+        if vcpu is not caller.vcpu:
+            raise XenError(errno.EINVAL)
         vcpu.singleshot_timer.stop()
     elif cmd == VcpuOp.IS_UP:
         return int(not vcpu.pause_flags & _DOWN)
@@ -98,13 +99,9 @@ def do_vcpu_op(caller: Caller, cmd: int, vcpu_id: int, arg: int) -> int:
     return 0
 
 
-def _own(caller: Caller, vcpu: Vcpu) -> None:
+def _set_singleshot_timer(caller: Caller, vcpu: Vcpu, arg: int) -> None:
     if vcpu is not caller.vcpu:
         raise XenError(errno.EINVAL)
-
-
-def _set_singleshot_timer(caller: Caller, vcpu: Vcpu, arg: int) -> None:
-    _own(caller, vcpu)
     timeout, flags = SET_SINGLESHOT_TIMER.unpack(caller.read(arg, SET_SINGLESHOT_TIMER.size))
     scheduler = caller.domain.hypervisor.scheduler
     if timeout >= 1 << 63:

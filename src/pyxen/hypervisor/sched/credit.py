@@ -56,10 +56,11 @@ TICKS_PER_TSLICE: Final = 3
 WEIGHT_MAX: Final = 65535
 ROTATE_NS: Final = 200_000
 """How long one vCPU runs while others of its domain wait for the same pCPU: they may be waiting for each other."""
+SWITCH_NS: Final = 50_000
+"""What a switch may take before slices get longer, by :data:`LONGER` times the excess, up to :data:`ROTATE_MOST_NS`: on
+a computer whose caches others use, a guest would otherwise do little but switch."""
+LONGER: Final = 10
 ROTATE_MOST_NS: Final = 1_000_000
-SWITCHES_PER_ROTATION: Final = 4
-"""Where a switch takes long (a computer whose caches others use), a slice is this many times as long, up to a
-millisecond: else the guest would hardly get anywhere."""
 MIGRATION_DELAY_NS: Final = 1_000_000
 """How long a domain must have waited before another pCPU takes it: a move costs about as much (Xen:
 vcpu_migration_delay)."""
@@ -351,10 +352,8 @@ class CreditScheduler:
 
     def _rotation(self, cpu: int) -> int:
         """How long a vCPU runs on ``cpu`` while others of its domain wait (ns)."""
-        rotation = SWITCHES_PER_ROTATION * self._host.switch_ns(cpu)
-        if rotation <= ROTATE_NS:
-            return ROTATE_NS
-        return rotation if rotation < ROTATE_MOST_NS else ROTATE_MOST_NS
+        excess = self._host.switch_ns(cpu) - SWITCH_NS
+        return min(ROTATE_NS + LONGER * excess, ROTATE_MOST_NS) if excess > 0 else ROTATE_NS
 
     def _first_other(
         self, runq: CreditCpu, cpu: int, turn: CreditDomain | None
