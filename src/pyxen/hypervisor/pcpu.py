@@ -11,6 +11,10 @@ No request is lost: ``_poked`` is set under ``_lock`` by whoever asks; the threa
 work, and looks at it again, under ``_lock``, before it enters the guest or sleeps.  From then on a poke wakes
 the sleep, or kicks the engine (a kick between two runs ends the next one at once).
 
+While vCPUs of one domain take turns, the thread stays in :meth:`Pcpu._enter`: timers run there, and Schedule.rotate()
+decides. It is "in the guest" all that time, so a poke kicks the engine, and is seen after the next run, which ends at
+once.
+
 Contexts are switched lazily: a vCPU that stops running stays loaded until another one is entered.  Whoever wants its
 registers calls :meth:`Pcpu.wait_descheduled` first.
 

@@ -17,9 +17,10 @@ Where this differs from Xen, and why:
   bottom of debt, where weights mean nothing.
 * Only a vCPU that does not want to run forfeits credit. Xen takes it also from one that has been waiting in the queue,
   so that a heavy domain beside several light ones got 45 % where its weight said 70.
-* A domain has the pCPU for a *turn*; its vCPUs rotate in it every 200 µs while several want to run, and at once when
-  one yields, polls or sends another an IPI. They all share one engine (see :mod:`~pyxen.hypervisor.schedule`), and a
-  guest whose spinlock's holder waits for 30 ms does nothing useful. Load balancing moves domains, not vCPUs.
+* A domain has the pCPU for a *turn*; its vCPUs rotate in it every 200 µs while several want to run (less often where
+  a switch takes long), and at once when one yields, polls or sends another an IPI. They all share one engine (see
+  :mod:`~pyxen.hypervisor.schedule`), and a guest whose spinlock's holder waits for 30 ms does nothing useful. Load
+  balancing moves domains, not vCPUs.
 * Leftovers of domains that cannot use their share are divided among the rest by weight at once (Xen: by a carry from
   one domain to the next in list order).
 
