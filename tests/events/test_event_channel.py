@@ -281,7 +281,7 @@ def test_reset_closes_everything_but_xen_attached_ports(host: FakeHypervisor, on
     connect(one, two)
     one.evtchn.bind_virq(Virq.TIMER, 0)
     xen = alloc_unbound_xen_event_channel(one, DomId(0), lambda domain, port: None)
-    one.evtchn.reset(FakeCaller(one), ())  # type: ignore[arg-type]
+    one.evtchn.reset(FakeCaller(one), ())
     assert [chn.port for chn in one.evtchn.channels()] == [0, xen]
     assert one.evtchn.bind_virq(Virq.TIMER, 0)
 
@@ -296,7 +296,7 @@ def test_reset_is_preemptible_and_ends(one: Domain) -> None:
         try:
             if rounds:
                 caller.preempt_at = 0
-            one.evtchn.reset(caller, (10, 0x1000))  # type: ignore[arg-type]
+            one.evtchn.reset(caller, (10, 0x1000))
             break
         except Preempted as preempted:
             assert preempted.arguments == (10, 0x1000)

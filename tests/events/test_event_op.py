@@ -22,7 +22,7 @@ SELF = int(DOMID_SELF)
 def op(caller: FakeCaller, cmd: int, layout: str, *values: int) -> tuple[int, ...]:
     """Do one operation and decode its structure afterwards."""
     caller.write(ARG, struct.pack(layout, *values))
-    assert do_event_channel_op(caller, cmd, ARG) == 0  # type: ignore[arg-type]
+    assert do_event_channel_op(caller, cmd, ARG) == 0
     return struct.unpack(layout, caller.read(ARG, struct.calcsize(layout)))
 
 
@@ -72,14 +72,14 @@ def test_what_concerns_another_domain_passes_xsm(
 @pytest.mark.parametrize("cmd", [11, 12, 13, 14, 0xFFFFFFFF])
 def test_fifo_and_unknown_operations_are_not_there(one: Domain, cmd: int) -> None:
     with pytest.raises(XenError) as caught:
-        do_event_channel_op(FakeCaller(one), cmd, ARG)  # type: ignore[arg-type]
+        do_event_channel_op(FakeCaller(one), cmd, ARG)
     assert caught.value.errno == errno.ENOSYS
 
 
 @pytest.mark.parametrize("cmd", range(11))
 def test_a_bad_pointer_is_efault(one: Domain, cmd: int) -> None:
     with pytest.raises(GuestAccessError):
-        do_event_channel_op(FakeCaller(one), cmd, 0xFFFF_8000_0000_0000)  # type: ignore[arg-type]
+        do_event_channel_op(FakeCaller(one), cmd, 0xFFFF_8000_0000_0000)
 
 
 @pytest.mark.parametrize(("cmd", "layout", "values"), [
@@ -93,11 +93,11 @@ def test_an_unknown_domain_is_esrch(one: Domain, cmd: int, layout: str, values: 
 def test_the_old_hypercall_carries_command_and_structure_in_one(one: Domain) -> None:
     caller = FakeCaller(one)
     caller.write(ARG, struct.pack("<III", 7, 1, 0))  # bind_ipi on vCPU 1
-    assert do_event_channel_op_compat(caller, ARG) == 0  # type: ignore[arg-type]
+    assert do_event_channel_op_compat(caller, ARG) == 0
     assert struct.unpack("<III", caller.read(ARG, 12)) == (7, 1, 1)
     caller.write_u32(ARG, 10)  # reset came later than the old call
     with pytest.raises(XenError) as caught:
-        do_event_channel_op_compat(caller, ARG)  # type: ignore[arg-type]
+        do_event_channel_op_compat(caller, ARG)
     assert caught.value.errno == errno.ENOSYS
 
 

@@ -14,6 +14,7 @@ from pyxen.machine.cpu.unicorn_code import CodePage
 from pyxen.machine.cpu.unicorn_context import UnicornContext
 from tests.machine import programs
 from tests.machine.support import CODE, PWU, Machine
+from tests.machine.test_unicorn_internals import Tampered
 
 pytestmark = pytest.mark.engine
 
@@ -99,22 +100,9 @@ def test_a_context_that_was_changed_meanwhile_forgets_its_blocks(machine: Machin
     two = Two(machine)
     assert two.run(0, 1) == [1, 2]
     registers = two.contexts[0].get()
-    registers.cr3 = two.contexts[1].get().cr3 if two.contexts[1].engine is None else two.cpu.cr3
+    registers.cr3 = two.cpu.cr3                          # that of the other, which is loaded
     two.contexts[0].put(registers)
     assert two.run(0, 1, 0) == [2, 2, 2]
-
-
-class _Tampered:
-    """The library, with other machine code for one function."""
-
-    def __init__(self, symbol: str, code: bytes) -> None:
-        self.lib, self.symbol, self.other = ui.library(), symbol, code
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.lib, name)
-
-    def code(self, name: str, size: int) -> bytes:
-        return self.other if name == self.symbol else self.lib.code(name, size)
 
 
 def _without_invalid() -> bytes:
@@ -129,9 +117,10 @@ def _without_invalid() -> bytes:
     ("tlb_flush_by_mmuidx_x86_64", bytes(0x10)),
 ])
 def test_another_build_has_no_exchange(symbol: str, code: bytes | None) -> None:
-    lib = _Tampered(symbol, _without_invalid() if code is None else code)
-    page = CodePage(lib.lib.address("helper_syscall_x86_64"))
-    assert unicorn_tlb.prepare(lib, page) is None  # type: ignore[arg-type]
+    lib = ui.library()
+    page = CodePage(lib.address("helper_syscall_x86_64"))
+    other = Tampered(lib, **{symbol: _without_invalid() if code is None else code})
+    assert unicorn_tlb.prepare(other, page) is None  # type: ignore[arg-type]
 
 
 def test_without_exchange_every_change_of_context_flushes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

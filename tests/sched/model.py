@@ -226,7 +226,6 @@ class ModelPcpu:
         self.switches = 0
         self.idle_ns = 0
         self.kicks = 0
-        self.switch_ns = 0
         hypervisor.scheduler.add_cpu(self)
 
     def request_resched(self) -> None:
@@ -259,8 +258,8 @@ class ModelPcpu:
     def reschedule(self) -> None:
         self.resched = False
         scheduler = self.hypervisor.scheduler
-        now = self.hypervisor.clock.now_ns()
-        chosen = scheduler.rotate(self.index, now, now)
+        executed = 0 if self.current is None else self.executed_ns()
+        chosen = scheduler.rotate(self.index, self.hypervisor.clock.now_ns(), executed)
         if chosen is None:
             chosen = scheduler.schedule(self.index)
         if chosen is not self.current:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-only
-"""vCPUs of one domain that take turns: Schedule.rotate() against what it stands in for, and the length of slices."""
+"""vCPUs of one domain that take turns: Schedule.rotate(), and the pCPU that lets them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 
 from pyxen.abi.vcpu import RUNSTATE_INFO
 from pyxen.hypervisor.domain import Domain
-from pyxen.hypervisor.sched.credit import LONGER, ROTATE_MOST_NS, ROTATE_NS, SWITCH_NS
+from pyxen.hypervisor.sched.credit import ROTATE_NS
 from pyxen.hypervisor.vcpu import RunState, Vcpu
-from pyxen.machine.cpu.scripted import Spin
 from tests.sched.model import MS, US, Hypervisor, ModelPcpu, Pv, host
-from tests.sched.test_pcpu import Rig, eventually
+from tests.sched.test_pcpu import Rig, eventually, spin
 
 
 class Turns:
@@ -137,23 +136,6 @@ def test_what_concerns_others_is_decided_in_full() -> None:
     assert turns.rotate() is None, "nobody waits"
 
 
-@pytest.mark.parametrize(("switch_ns", "slice_ns"), [
-    (0, ROTATE_NS), (SWITCH_NS, ROTATE_NS), (SWITCH_NS + 10 * US, ROTATE_NS + LONGER * 10 * US),
-    (10 * MS, ROTATE_MOST_NS),
-])
-def test_slices_are_longer_where_a_switch_takes_long(switch_ns: int, slice_ns: int) -> None:
-    turns = Turns()
-    turns.pcpu.switch_ns = switch_ns
-    turns.clock.advance(2 * MS)
-    assert turns.rotate() is turns.vcpu(1)
-    assert turns.left() == slice_ns
-    turns.clock.advance(slice_ns - US)
-    assert turns.rotate() is turns.vcpu(1)
-    turns.clock.advance(100 * US)
-    assert turns.schedule() is turns.vcpu(2), "schedule() knows it, too"
-    assert turns.left() == slice_ns
-
-
 # --- on a pCPU's thread ------------------------------------------------------------------------------------------
 
 
@@ -165,11 +147,6 @@ def rig() -> Iterator[Rig]:
     made.pcpu.shutdown()
 
 
-def spin(_cpu: Any) -> Iterator[Any]:
-    while True:
-        yield Spin()
-
-
 def test_busy_vcpus_rotate_and_see_it_in_their_runstate_areas(rig: Rig) -> None:
     domain = rig.domain(spin, spin, spin)
     for number, vcpu in enumerate(domain.vcpus):
@@ -177,7 +154,6 @@ def test_busy_vcpus_rotate_and_see_it_in_their_runstate_areas(rig: Rig) -> None:
     rig.up(domain)
     scheduler = rig.scheduler
     assert eventually(lambda: all(scheduler.vcpu_cpu_time(vcpu) > 5 * MS for vcpu in domain.vcpus))
-    assert rig.pcpu.switch_ns > 0
     scheduler.domain_pause(domain)
     for number, vcpu in enumerate(domain.vcpus):
         _state, _since, running, runnable, *_ = RUNSTATE_INFO.unpack(vcpu.pv.read(Pv.BASE + 64 * number, 48))

@@ -320,9 +320,9 @@ def test_up_down_and_is_up() -> None:
     assert guest.vcpu_op(VcpuOp.UP, vcpu_id=1) == 0
     assert guest.vcpu_op(VcpuOp.IS_UP, vcpu_id=1) == 1
     assert other.runstate is RunState.RUNNABLE
-    assert other.pv.flushes == 1  # type: ignore[attr-defined]  # what it remembered of translations is old
+    assert other.pv.flushes == 1  # what it remembered of translations is old
     assert guest.vcpu_op(VcpuOp.UP, vcpu_id=1) == 0
-    assert other.pv.flushes == 1  # type: ignore[attr-defined]
+    assert other.pv.flushes == 1
     other.is_initialised = False
     fails(errno.EINVAL, guest.vcpu_op, VcpuOp.UP, b"", 1)
     fails(errno.ENOENT, guest.vcpu_op, VcpuOp.UP, b"", 2)

@@ -76,8 +76,6 @@ class Pcpu:
         """Time spent with nothing to run."""
         self.entries = 0
         """How often a guest was entered."""
-        self.switch_ns = 0
-        """See :class:`~pyxen.hypervisor.schedule_homes.SchedulablePcpu`: a moving average."""
         self.max_run_ns: int | None = None
         """Leave the guest at least this often: a test of precise preemption sets 200 µs."""
         self._lock = threading.Lock()
@@ -99,8 +97,6 @@ class Pcpu:
         self._resched = False
         self._slice_begins = False
         """A context was loaded that has not run since."""
-        self._rotated_ns = 0
-        """When the last slice ended, if it is still the switch that goes on."""
         self._executed_from = 0
         self._exits_from = 0
         """What cpu.exits_ns was when the vCPU it executes was switched to."""
@@ -343,7 +339,6 @@ class Pcpu:
         rendezvous = self._rendezvous
         rendezvous.enter(domain, self)
         try:
-            self._rotated_ns = 0
             following = self._run(vcpu)
             while following is not None:
                 following = self._run(following)
@@ -379,7 +374,7 @@ class Pcpu:
             return None
         timers = self.timers
         now = self._now()
-        if now >= timers.slice_end_ns and not (self._resched or self._granted_ns):
+        if siblings and now >= timers.slice_end_ns and not (self._resched or self._granted_ns):
             # What we did for it was none of its code: so much it may still have, once. Most work that a vCPU wakes up
             # for is then done in one slice.
             granted = min(cpu.exits_ns - self._exits_from, _MOST_GRANTED_NS)
@@ -398,7 +393,6 @@ class Pcpu:
             self._resched = True
         elif following is not vcpu:
             self._switch(vcpu, following)
-            self._rotated_ns = now
         return following
 
     def _execute(self, vcpu: Vcpu) -> bool:
@@ -411,9 +405,6 @@ class Pcpu:
             self._executed_from = time.thread_time_ns()
             self._exits_from = cpu.exits_ns
             self._granted_ns = 0
-            if self._rotated_ns:
-                self.switch_ns += now - self._rotated_ns - self.switch_ns >> 4
-                self._rotated_ns = 0
         deadline = self.timers.next_deadline()
         if self.max_run_ns is not None:
             forced = now + self.max_run_ns

@@ -65,8 +65,5 @@ def update_runstate_area(vcpu: Vcpu) -> None:
     """
     address = vcpu.runstate_guest_va
     if address is not None:
-        data = RUNSTATE_INFO.pack(vcpu.runstate, vcpu.runstate_since_ns, *vcpu.runstate_time_ns)
-        try:
-            vcpu.arch.copy_to_kernel(address, data)
-        except GuestAccessError:
-            pass  # as above
+        copy_to_kernel(vcpu, address, RUNSTATE_INFO.pack(
+            vcpu.runstate, vcpu.runstate_since_ns, *vcpu.runstate_time_ns))

@@ -526,8 +526,7 @@ class Schedule(Homes):
         timers.slice_end_ns = now + slice_ns
         if vcpu is previous:
             return vcpu
-        if previous.periodic_timer.deadline_ns is not None:
-            timers.stop(previous.periodic_timer)
+        timers.stop(previous.periodic_timer)
         if self.hypervisor.trace.enabled:
             self._trace(TRC_SCHED_SWITCH, vcpu, vcpu.domain.domid, vcpu.vcpu_id)
         return vcpu

@@ -37,8 +37,6 @@ class SchedulablePcpu(Protocol):
     """What the scheduler asks of a pCPU (:class:`pyxen.hypervisor.pcpu.Pcpu`)."""
 
     timers: TimerQueue
-    switch_ns: int
-    """How long it needs to switch from one vCPU to another of its domain, lately."""
 
     @property
     def index(self) -> int: ...
@@ -120,10 +118,6 @@ class Homes:
     def executed_ns(self, cpu: int) -> int:
         """How long ``cpu``'s current vCPU has really been executed since it was switched to. On its thread."""
         return self._cpus[cpu].pcpu.executed_ns()
-
-    def switch_ns(self, cpu: int) -> int:
-        """How long ``cpu`` needs to switch from one vCPU to another of its domain, lately. On its thread."""
-        return self._cpus[cpu].pcpu.switch_ns
 
     def allowed(self, vcpu: Vcpu) -> Sequence[int]:
         """The pCPUs that ``vcpu`` may be assigned to: its hard affinity within its domain's cpupool. Never empty: a

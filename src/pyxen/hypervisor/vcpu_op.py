@@ -49,8 +49,7 @@ def do_vcpu_op(caller: Caller, cmd: int, vcpu_id: int, arg: int) -> int:
     if cmd == VcpuOp.SET_SINGLESHOT_TIMER:
         _set_singleshot_timer(caller, vcpu, arg)
     elif cmd == VcpuOp.STOP_SINGLESHOT_TIMER:
-        if vcpu is not caller.vcpu:
-            raise XenError(errno.EINVAL)
+        _own(caller, vcpu)
         vcpu.singleshot_timer.stop()
     elif cmd == VcpuOp.IS_UP:
         return int(not vcpu.pause_flags & _DOWN)
@@ -99,9 +98,13 @@ def do_vcpu_op(caller: Caller, cmd: int, vcpu_id: int, arg: int) -> int:
     return 0
 
 
-def _set_singleshot_timer(caller: Caller, vcpu: Vcpu, arg: int) -> None:
+def _own(caller: Caller, vcpu: Vcpu) -> None:
     if vcpu is not caller.vcpu:
         raise XenError(errno.EINVAL)
+
+
+def _set_singleshot_timer(caller: Caller, vcpu: Vcpu, arg: int) -> None:
+    _own(caller, vcpu)
     timeout, flags = SET_SINGLESHOT_TIMER.unpack(caller.read(arg, SET_SINGLESHOT_TIMER.size))
     scheduler = caller.domain.hypervisor.scheduler
     if timeout >= 1 << 63:

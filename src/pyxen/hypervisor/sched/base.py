@@ -59,10 +59,6 @@ class SchedulerHost(Protocol):
         computer gave to something else."""
         ...
 
-    def switch_ns(self, cpu: int) -> int:
-        """How long ``cpu`` needs to switch from one vCPU to another, lately (ns)."""
-        ...
-
     def may_run(self, domain: Domain, cpu: int) -> bool:
         """Whether ``domain`` is at home on the engine of ``cpu``, and not about to leave it. Under its queue's lock."""
         ...

@@ -17,10 +17,9 @@ Where this differs from Xen, and why:
   bottom of debt, where weights mean nothing.
 * Only a vCPU that does not want to run forfeits credit. Xen takes it also from one that has been waiting in the queue,
   so that a heavy domain beside several light ones got 45 % where its weight said 70.
-* A domain has the pCPU for a *turn*; its vCPUs rotate in it every 200 µs while several want to run (less often where
-  a switch takes long), and at once when one yields, polls or sends another an IPI. They all share one engine (see
-  :mod:`~pyxen.hypervisor.schedule`), and a guest whose spinlock's holder waits for 30 ms does nothing useful. Load
-  balancing moves domains, not vCPUs.
+* A domain has the pCPU for a *turn*; its vCPUs rotate in it every 200 µs while several want to run, and at once when
+  one yields, polls or sends another an IPI. They all share one engine (see :mod:`~pyxen.hypervisor.schedule`), and a
+  guest whose spinlock's holder waits for 30 ms does nothing useful. Load balancing moves domains, not vCPUs.
 * Leftovers of domains that cannot use their share are divided among the rest by weight at once (Xen: by a carry from
   one domain to the next in list order).
 
@@ -57,11 +56,6 @@ TICKS_PER_TSLICE: Final = 3
 WEIGHT_MAX: Final = 65535
 ROTATE_NS: Final = 200_000
 """How long one vCPU runs while others of its domain wait for the same pCPU: they may be waiting for each other."""
-SWITCH_NS: Final = 50_000
-"""What a switch may take before slices get longer, by :data:`LONGER` times the excess, up to :data:`ROTATE_MOST_NS`: on
-a computer whose caches others use, a guest would otherwise do little but switch."""
-LONGER: Final = 10
-ROTATE_MOST_NS: Final = 1_000_000
 MIGRATION_DELAY_NS: Final = 1_000_000
 """How long a domain must have waited before another pCPU takes it: a move costs about as much (Xen:
 vcpu_migration_delay)."""
@@ -253,7 +247,6 @@ class CreditScheduler:
         """
         runq = self._cpus[cpu]
         host = self._host
-        rotate_ns = self._rotation(cpu)
         scurr: CreditVcpu | None = None
         yielded = False
         ran = 0
@@ -304,11 +297,11 @@ class CreditScheduler:
         elif yielded or sibling is directed:
             chosen = sibling
         else:
-            if ran >= rotate_ns:
+            if ran >= ROTATE_NS:
                 # A slice of which the computer took most away is not over: on a busy one a guest would only rotate.
                 ran = min(ran, host.executed_ns(cpu))
             # One that just woke waits for the rotation: two more switches would cost more than that.
-            chosen = sibling if ran >= rotate_ns else scurr
+            chosen = sibling if ran >= ROTATE_NS else scurr
         if chosen is not scurr and scurr is not None:
             runq.insert(scurr, now_ns)
         if chosen is None:
@@ -321,7 +314,7 @@ class CreditScheduler:
             held_ns = self.ratelimit_ns
         slice_ns = max(runq.turn_end_ns - now_ns, _LEAST_SLICE_NS)
         if chosen.domain in runq.siblings:
-            slice_ns = min(slice_ns, rotate_ns - ran if chosen is scurr and ran < rotate_ns else rotate_ns)
+            slice_ns = min(slice_ns, ROTATE_NS - ran if chosen is scurr and ran < ROTATE_NS else ROTATE_NS)
         if other is not None and other.queued and other.priority > chosen.priority and held_ns > 0:
             slice_ns = min(slice_ns, max(held_ns, _LEAST_SLICE_NS))
         if chosen is not scurr:
@@ -337,24 +330,18 @@ class CreditScheduler:
         if runq.turn is not turn or left <= 0 or len(runq.siblings) != 1 or turn not in runq.siblings:
             return None
         runnable = current.runnable
-        rotate_ns = self._rotation(cpu)
         if runnable and not svc.yielded:
             ran = min(now_ns - current.runstate_since_ns, executed_ns)
-            if ran < rotate_ns:
+            if ran < ROTATE_NS:
                 # One that just woke waits for the rotation: two more switches would cost more than that.
-                return current, max(min(rotate_ns - ran, left), _LEAST_SLICE_NS)
+                return current, max(min(ROTATE_NS - ran, left), _LEAST_SLICE_NS)
         self._burn(svc, now_ns)
         svc.yielded = False
         chosen = runq.exchange(svc if runnable else None, turn, now_ns)
         chosen.start_ns = now_ns
-        if turn in runq.siblings and left > rotate_ns:
-            return chosen.vcpu, rotate_ns
+        if turn in runq.siblings and left > ROTATE_NS:
+            return chosen.vcpu, ROTATE_NS
         return chosen.vcpu, max(left, _LEAST_SLICE_NS)
-
-    def _rotation(self, cpu: int) -> int:
-        """How long a vCPU runs on ``cpu`` while others of its domain wait (ns)."""
-        excess = self._host.switch_ns(cpu) - SWITCH_NS
-        return min(ROTATE_NS + LONGER * excess, ROTATE_MOST_NS) if excess > 0 else ROTATE_NS
 
     def _first_other(
         self, runq: CreditCpu, cpu: int, turn: CreditDomain | None

@@ -11,12 +11,12 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from ctypes import c_uint64, c_void_p
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_hvm as hvm
 from pyxen.machine.cpu import unicorn_internals as ui
-from pyxen.machine.cpu.base import RAX, RCX, RDX, RIP, HvmTraps, Segment
+from pyxen.machine.cpu.base import RAX, RCX, RDX, RIP, HvmTraps, Segment, Traps
 from pyxen.machine.cpu.unicorn_hvm_context import (
     EFER_LMA,
     EFER_SVME,
@@ -67,7 +67,7 @@ class HvmPart:
 
     if TYPE_CHECKING:
         gpr: memoryview
-        traps: HvmTraps  # while a context under nested paging is loaded
+        traps: Traps
         loaded: UnicornContext | None
         _lib: ui.Library
         _handle: Any
@@ -151,7 +151,7 @@ class HvmPart:
     def _make_in_hook(self) -> Any:
         def on_in(_uc: int, port: int, size: int, _data: int) -> int:
             try:
-                return self.traps.io_read(port & 0xffff, size) & _U32
+                return cast(HvmTraps, self.traps).io_read(port & 0xffff, size) & _U32
             except BaseException as error:
                 self._fail(error)
                 return _U32
@@ -161,7 +161,7 @@ class HvmPart:
     def _make_out_hook(self) -> Any:
         def on_out(_uc: int, port: int, size: int, value: int, _data: int) -> None:
             try:
-                self.traps.io_write(port & 0xffff, size, value & (1 << 8 * size) - 1)
+                cast(HvmTraps, self.traps).io_write(port & 0xffff, size, value & (1 << 8 * size) - 1)
             except BaseException as error:
                 self._fail(error)
 
@@ -170,7 +170,7 @@ class HvmPart:
     def _make_mmio_read(self) -> Any:
         def on_read(_uc: int, offset: int, size: int, _data: int) -> int:
             try:
-                return self.traps.mmio_read(offset, size) & _U64
+                return cast(HvmTraps, self.traps).mmio_read(offset, size) & _U64
             except BaseException as error:
                 self._fail(error)
                 return _U64
@@ -180,7 +180,7 @@ class HvmPart:
     def _make_mmio_write(self) -> Any:
         def on_write(_uc: int, offset: int, size: int, value: int, _data: int) -> None:
             try:
-                self.traps.mmio_write(offset, size, value & (1 << 8 * size) - 1)
+                cast(HvmTraps, self.traps).mmio_write(offset, size, value & (1 << 8 * size) - 1)
             except BaseException as error:
                 self._fail(error)
 
@@ -205,7 +205,7 @@ class HvmPart:
                 code, rip = vector - hvm.EXIT, gpr[RIP]
                 handler = exits.get(code)
                 if handler is None:
-                    gpr[RIP] = self.traps.intercept(code, v32[error_at], rip) & _U64
+                    gpr[RIP] = cast(HvmTraps, self.traps).intercept(code, v32[error_at], rip) & _U64
                 else:
                     gpr[RIP] = handler(rip) & _U64
                 if block32[event_at] & hvm.VALID:
@@ -219,7 +219,7 @@ class HvmPart:
     def _exit_nested_fault(self, rip: int) -> int:
         block = self._block
         bit = 1 << 33 if block[hvm.WALKING] else 1 << 32
-        return self.traps.nested_fault(
+        return cast(HvmTraps, self.traps).nested_fault(
             self._block64[hvm.EXIT_INFO_2 >> 3], self._v32[ui.ERROR_CODE >> 2] | bit, rip)
 
     def _executed(self) -> None:
@@ -234,22 +234,22 @@ class HvmPart:
 
     def _exit_hypercall(self, _rip: int) -> int:
         self._executed()
-        return self.traps.hypercall(self._block64[_NEXT_RIP])
+        return cast(HvmTraps, self.traps).hypercall(self._block64[_NEXT_RIP])
 
     def _exit_hlt(self, _rip: int) -> int:
         self._executed()
-        return self.traps.halt(self._block64[_NEXT_RIP])
+        return cast(HvmTraps, self.traps).halt(self._block64[_NEXT_RIP])
 
     def _exit_pause(self, _rip: int) -> int:
         self._executed()
-        return self.traps.pause(self._block64[_NEXT_RIP])
+        return cast(HvmTraps, self.traps).pause(self._block64[_NEXT_RIP])
 
     def _exit_window(self, rip: int) -> int:
-        return self.traps.interrupt_window(rip)
+        return cast(HvmTraps, self.traps).interrupt_window(rip)
 
     def _exit_shutdown(self, rip: int) -> int:
         self._block32[hvm.EVENT >> 2] = 0
-        return self.traps.triple_fault(rip)
+        return cast(HvmTraps, self.traps).triple_fault(rip)
 
     def _exit_write_cr0(self, rip: int) -> int:
         return self._write_cr(0, rip)
@@ -263,13 +263,13 @@ class HvmPart:
     def _write_cr(self, number: int, rip: int) -> int:
         self._executed()
         next_rip = self._block64[_NEXT_RIP]
-        if self.traps.write_cr(number, self._block64[hvm.CR_VALUE >> 3]):
+        if cast(HvmTraps, self.traps).write_cr(number, self._block64[hvm.CR_VALUE >> 3]):
             return next_rip
         self.inject_exception(_GP, 0)
         return rip
 
     def _exit_msr(self, rip: int) -> int:
-        gpr, traps = self.gpr, self.traps
+        gpr, traps = self.gpr, cast(HvmTraps, self.traps)
         number = gpr[RCX] & _U32
         write = self._v32[ui.ERROR_CODE >> 2]
         self._executed()
@@ -418,7 +418,7 @@ class HvmPart:
             first = event & 0xff
             if first == _DF:
                 block32[hvm.EVENT >> 2] = 0
-                self.gpr[RIP] = self.traps.triple_fault(self.gpr[RIP])
+                self.gpr[RIP] = cast(HvmTraps, self.traps).triple_fault(self.gpr[RIP])
                 return
             if (first in _CONTRIBUTORY and vector in _CONTRIBUTORY) or (
                     first == 14 and (vector in _CONTRIBUTORY or vector == 14)):

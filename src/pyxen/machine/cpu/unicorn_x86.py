@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyxen.errors import EngineError, InternalError
 from pyxen.machine.cpu import unicorn_internals as ui
-from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg
+from pyxen.machine.cpu.base import RIP, Context, Exit, NoTraps, Seg, Traps
 from pyxen.machine.cpu.deadline import AlarmClock, AlarmDeadline, Deadline
 from pyxen.machine.cpu.unicorn_context import LONG_MODE_FLAGS, UnicornContext, settle_flags
 from pyxen.machine.cpu.unicorn_hvm_context import UnicornHvmContext
@@ -85,7 +85,7 @@ class UnicornX86(HvmPart):
         self.index = index
         self.error = ""
         self.loaded: UnicornContext | None = None
-        self.traps: Any = NoTraps()          # Traps, and HvmTraps while a context under nested paging is loaded
+        self.traps: Traps = NoTraps()
         self._memory = memory
         self._clock = clock
         self._lib = lib = ui.library()
